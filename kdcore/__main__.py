@@ -1,0 +1,5 @@
+"""``python -m kdcore``."""
+
+from .cli import main
+
+main()

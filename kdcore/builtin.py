@@ -1,0 +1,40 @@
+"""What the core itself registers, by the same hook as any plugin."""
+
+from __future__ import annotations
+
+from .hookspecs import hookimpl
+from .registry import Registrar
+
+
+@hookimpl
+def kdcore_register(registry: Registrar) -> None:
+    losses = "kdcore.losses"
+    registry.loss("cross_entropy", f"{losses}.terms:CrossEntropy", options=f"{losses}.options:CrossEntropyOptions",
+                  about="labels, with label smoothing")  # fmt: skip
+    registry.loss("kd", f"{losses}.terms:KD", options=f"{losses}.options:KDOptions",
+                  about="Hinton's KD, with class or instance normalisation")  # fmt: skip
+    registry.loss("dkd", f"{losses}.terms:DKD", options=f"{losses}.options:DKDOptions",
+                  about="decoupled KD, with class or instance normalisation")  # fmt: skip
+
+    sets = "kdcore.data"
+    registry.dataset("digits", f"{sets}.sets:digits", options=f"{sets}.options:DigitsOptions",
+                     about="scikit-learn's 1,797 real 8x8 digits, embedded")  # fmt: skip
+    registry.dataset("synthetic", f"{sets}.sets:synthetic", options=f"{sets}.options:SyntheticOptions",
+                     about="random class prototypes and noise of any size")  # fmt: skip
+    for name, about in (("mnist", "28x28 grey digits"), ("cifar10", "32x32 RGB"), ("cifar100", "32x32 RGB")):
+        registry.dataset(name, f"{sets}.sets:{name}", options=f"{sets}.options:TorchvisionOptions",
+                         about=f"torchvision's {name}, {about}; needs root")  # fmt: skip
+    registry.source("epochs", f"{sets}.source:EpochSource", about="the training split, shuffled every epoch")
+    registry.transform("shift", f"{sets}.augment:shift", options=f"{sets}.options:ShiftOptions",
+                       about="random translation by at most n pixels, zeros outside (pad-and-crop)")  # fmt: skip
+    registry.transform("flip", f"{sets}.augment:flip", options="kdcore.options:Options",
+                       about="random horizontal flip")  # fmt: skip
+
+    training = "kdcore.training"
+    registry.step("distill", f"{training}.step:distill", about="every live member once, one update each")
+    for name in ("constant", "cosine", "step"):
+        registry.schedule(name, f"{training}.schedules:{name}", options=f"{training}.options:{name.title()}Options")
+    registry.optimizer("sgd", f"{training}.optimizers:sgd", options=f"{training}.options:SGDOptions")
+    registry.optimizer("adamw", f"{training}.optimizers:adamw", options=f"{training}.options:AdamWOptions")
+    registry.metric("kl", f"{training}.metrics:kl", about="KL(teacher || student) at temperature 1")
+    registry.executor("local", "kdcore.executor:LocalExecutor", about="this process, or --jobs n worker processes")

@@ -1,0 +1,109 @@
+"""Progress: one line a stage on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..job import Event
+
+PLAIN_SECONDS = 5.0
+
+
+class RunConsole:
+    """Shows the events of a run. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self.live = self.console.is_terminal
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.speed: dict[str, float] = {}
+        self.printed: dict[str, float] = {}
+
+    def __enter__(self) -> RunConsole:
+        if self.live:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self.progress.stop()
+
+    def handle(self, event: Event) -> None:
+        """Shows one event."""
+        show = getattr(self, f"_{event['kind']}", None)
+        if show is not None:
+            show(event)
+
+    def _print(self, text: str, style: str = "") -> None:
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def _warning(self, event: Event) -> None:
+        stage = f"{event['name']}: " if event.get("name") else ""
+        self._print(f"WARNING  {stage}{event['text']}", "bold yellow")
+
+    def _stage_started(self, event: Event) -> None:
+        resumed = f", goes on from step {event['step']}" if event["step"] else ""
+        if self.live:
+            task = self.progress.add_task(event["name"], total=event["ticks"], completed=event["tick"], text=resumed)
+            self.tasks[event["key"]] = task
+        else:
+            self._print(f"{event['name']}: {event['ticks']} epochs{resumed}")
+
+    def _log(self, event: Event) -> None:
+        self.speed[event["key"]] = event["metrics"]["images_per_second"]
+
+    def _tick(self, event: Event) -> None:
+        text = f"{_metrics(event['metrics'])}  {self.speed.get(event['key'], 0):,.0f} img/s"
+        if self.live:
+            self.progress.update(self.tasks[event["key"]], completed=event["tick"], text=text)
+        elif time.monotonic() - self.printed.get(event["key"], 0.0) > PLAIN_SECONDS:
+            self.printed[event["key"]] = time.monotonic()
+            self._print(f"{event['name']}: {event['tick']}/{event['ticks']}  {text}")
+
+    def _decision(self, event: Event) -> None:
+        row = event["event"]
+        what = f"{row['target']} = {row['value']}" if row["kind"] == "set" else f"{row['kind']} {row['target']}"
+        self._print(f"{event['name']}: epoch {row['tick']}: {row['controller']}: {what} ({row['reason']})", "cyan")
+
+    def _stage_finished(self, event: Event) -> None:
+        result = event["result"]
+        how = "from the store" if result["reused"] else f"{result['seconds']:.1f} s"
+        found = "  ".join(
+            f"{name} {member['monitor_accuracy']:.2%}"
+            for name, member in result["members"].items()
+            if member["trained"] and member["monitor_accuracy"] is not None
+        )
+        if event["key"] in self.tasks:
+            self.progress.remove_task(self.tasks.pop(event["key"]))
+        self._print(f"{event['name']}: {found or 'as given'} on the monitor split ({how})")
+
+    def table(self, result: dict[str, Any]) -> None:
+        """The headline table of a finished run."""
+        table = Table("", "model", "test accuracy", "monitor", "parameters", "MFLOPs")
+        for role in ("teacher", "control", "student"):
+            row = result[role]
+            if row is not None:
+                accuracy = f"{row['test_accuracy']:.2%}", f"{row['monitor_accuracy']:.2%}"
+                table.add_row(role, row["model"], *accuracy, f"{row['params']:,}", f"{row['flops'] / 1e6:,.2f}")
+        self.console.print(table)
+
+
+def _metrics(metrics: dict[str, dict[str, float]]) -> str:
+    parts = []
+    for name, row in metrics.items():
+        accuracy = f" acc {row['accuracy']:.2%}" if "accuracy" in row else ""
+        parts.append(f"{name}: loss {row.get('train.loss', float('nan')):.3f}{accuracy}")
+    return "  ".join(parts)

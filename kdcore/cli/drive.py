@@ -1,0 +1,192 @@
+"""What ``run``, ``resume``, ``plan`` and ``store`` do."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import PlanError
+from ..job import Settings
+from ..journal import Journal
+from ..keys import Keys, in_order
+from ..plan import MemberResult, Result, SourceSpec, Stage, digest
+from ..plugins import PluginHost
+from ..recipe import Recipe, compile_recipe, load
+from ..runner import Run, check_outcome, check_stages, make_context, start
+from ..store import Store
+from .console import RunConsole
+
+LONGEST_PLAN = 1000
+
+
+def drive(
+    source: Path | Mapping[str, Any],
+    sets: list[str],
+    host: PluginHost,
+    jobs: int | None,
+    root: Path,
+    store: Path | None,
+    plugin_files: list[str],
+    blocked: list[str],
+    strict: bool,
+    allow_plugin_change: bool,
+    folder: Path | None = None,
+) -> None:
+    """Runs a recipe to its report and prints the table."""
+    recipe = _check(source, sets, host)
+    jobs = jobs or recipe.execute.jobs
+    settings = _settings(recipe, jobs, store or root / "store", plugin_files, blocked, strict)
+    folder = folder or _folder(recipe, source, root)
+    with RunConsole() as console:
+        context = make_context(host, catch_signals())
+        result = Run(recipe, host, settings, folder, console, jobs, context, allow_plugin_change).execute()
+    console.table(result)
+    seconds = result["run"]["seconds"]
+    print(f"{folder / 'report.html'} ({seconds:.1f} s; result.json and student.safetensors lie beside it)")
+
+
+def _check(source: Path | Mapping[str, Any], sets: list[str], host: PluginHost) -> Recipe:
+    """Checks the whole recipe before torch is imported."""
+    recipe = load(source, sets)
+    host.require(recipe.plugins.require)
+    compile_recipe(recipe, host.catalog)
+    return recipe
+
+
+def _settings(
+    recipe: Recipe, jobs: int, store: Path, plugin_files: list[str], blocked: list[str], strict: bool
+) -> Settings:
+    from ..training import device
+
+    return Settings(
+        store=str(store),
+        device=str(device.resolve(recipe.device)),
+        threads=recipe.threads or device.default_threads(jobs),
+        precision=recipe.precision,
+        channels_last=recipe.channels_last,
+        log_every=recipe.execute.log_every,
+        checkpoint_seconds=recipe.execute.checkpoint_seconds,
+        strict=strict,
+        plugin_files=tuple(str(Path(file).resolve()) for file in plugin_files),
+        blocked=tuple(blocked),
+    )
+
+
+def _folder(recipe: Recipe, source: Path | Mapping[str, Any], root: Path) -> Path:
+    """The folder is a function of the recipe, so that the same command finds its run again."""
+    stem = source.stem if isinstance(source, Path) else "run"
+    science = recipe.model_dump(mode="json", exclude={"execute"})
+    return root / f"{stem}-{digest(science)[:8]}"
+
+
+def catch_signals() -> Callable[[], int]:
+    """The first SIGINT or SIGTERM is remembered, so that the stage ends with a checkpoint; the second ends at once."""
+    caught: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return lambda: caught[0] if caught else 0
+
+
+# ---------------------------------------------------------------- plan
+
+
+def show_plan(
+    source: Path, sets: list[str], host: PluginHost, root: Path, store: Path | None, plugin_files: list[str]
+) -> None:
+    """Prints what a run would train, under the assumption that all results are equal."""
+    recipe = _check(source, sets, host)
+    settings = _settings(recipe, recipe.execute.jobs, store or root / "store", plugin_files, [], False)
+    context = make_context(host)
+    keys = Keys(host.catalog, recipe.seed, settings, lambda spec: str(context.load(spec).fingerprint))
+    table = Table("stage", "members", "length", "TFLOPs", "stored")
+    total = 0
+    for stage in in_order(_planned(recipe, host), keys):
+        cost = _flops(stage, host, context.load)
+        stored = Store(settings.store).result(keys.of(stage)) is not None
+        total += 0 if stored else cost
+        members = ", ".join(f"{name} {member.model}" for name, member in stage.members.items())
+        table.add_row(stage.name, members, str(stage.length), f"{cost / 1e12:.3f}", "yes" if stored else "")
+    console = Console()
+    console.print(table)
+    console.print(f"to train: {total / 1e12:.3f} TFLOPs (convolutions and matrix products; no stop is assumed)")
+
+
+def _planned(recipe: Recipe, host: PluginHost) -> list[Stage]:
+    view, strategy = compile_recipe(recipe, host.catalog)
+    plan, answer, stages = start(strategy, view, host), None, list[Stage]()
+    while len(stages) < LONGEST_PLAN:
+        try:
+            wanted = plan.send(answer)
+        except StopIteration as end:
+            check_outcome(end.value, strategy)
+            return stages
+        asked = check_stages(wanted, strategy)
+        stages += asked
+        flat = [_flat(stage) for stage in asked]
+        answer = flat if isinstance(wanted, list) else flat[0]
+    raise PlanError(f"more than {LONGEST_PLAN} stages", where=f"strategy {strategy.name!r}")
+
+
+def _flat(stage: Stage) -> Result:
+    """A result that says that every member is equally good."""
+    members = {name: MemberResult(stage[name], 0.5, 0.5, (), 0, 0) for name in stage.members}
+    return Result(stage, "", members, (), 0.0, 0)
+
+
+def _flops(stage: Stage, host: PluginHost, load: Callable[[SourceSpec], Any]) -> int:
+    """Forward passes of frozen members and three times that of trained ones, over all images."""
+    from ..training import cost
+    from ..training.member import build_model, classifies
+
+    splits = load(stage.data)
+    batches = len(splits.train) // stage.data.batch_size if stage.data.drop_last else 0
+    images = batches * stage.data.batch_size or len(splits.train)
+    if stage.tick != "epoch":
+        images = stage.data.batch_size
+    total = 0
+    for member in stage.members.values():
+        module = build_model(member.model, host.catalog, splits.info, stage.seed or 0).eval()
+        if classifies(module):
+            total += cost.flops(module, splits.info) * (3 if member.terms else 1) * images * stage.length
+    return total
+
+
+# ---------------------------------------------------------------- store
+
+
+def list_store(path: Path) -> None:
+    """Prints every stored result."""
+    store = Store(path, print)
+    table = Table("key", "stage", "members", "steps", "seconds")
+    for key in store.keys():
+        result = store.result(key)
+        if result is not None:
+            members = ", ".join(f"{name} {member['model']}" for name, member in result["members"].items())
+            table.add_row(key[:12], result["name"], members, str(result["steps"]), f"{result['seconds']:.1f}")
+    Console().print(table)
+
+
+def collect(root: Path, path: Path, dry: bool) -> None:
+    """Removes what no journal under ``root`` names."""
+    keep = set[str]()
+    for journal in sorted(root.glob("*/journal.jsonl")):
+        keep |= {key for record in Journal(journal).of("ask") for key in record["keys"]}
+        keep |= {record["key"] for record in Journal(journal).of("result")}
+    removed = Store(path).collect(keep, dry)
+    for folder in removed:
+        print(folder)
+    print(f"{len(removed)} folders {'would be ' if dry else ''}removed")
+
+

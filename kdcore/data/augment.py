@@ -1,0 +1,39 @@
+"""Augmentation of a whole batch on its device. Every draw is a function of the sample and the epoch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..options import Options
+from .options import ShiftOptions
+from .random import Random
+
+
+def shift(images: Tensor, random: Random, options: ShiftOptions) -> Tensor:
+    """Translates each image by up to ``options.pixels`` in both directions, zeros outside: pad-and-crop.
+
+    Args:
+        images: [B, C, H, W].
+        random: one stream of numbers a sample.
+        options: how far.
+
+    Returns:
+        [B, C, H, W] of the same dtype; one padded copy and one gather.
+    """
+    pixels = options.pixels
+    height, width = images.shape[2:]
+    top = random.integers("shift.y", 0, 2 * pixels + 1)
+    left = random.integers("shift.x", 0, 2 * pixels + 1)
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = left[:, None] + torch.arange(width, device=images.device)
+    source = rows[:, :, None] * (width + 2 * pixels) + columns[:, None, :]  # [B, H, W] into a padded plane
+    padded = F.pad(images, [pixels] * 4).flatten(2)
+    return padded.gather(2, source.flatten(1)[:, None].expand(-1, images.shape[1], -1)).view(images.shape)
+
+
+def flip(images: Tensor, random: Random, options: Options) -> Tensor:
+    """Mirrors each image [B, C, H, W] left to right with probability one half."""
+    mirrored = random.uniform("flip") < 0.5
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)

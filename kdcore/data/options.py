@@ -1,0 +1,33 @@
+"""Options of data sets and transforms, without torch, so that a recipe is checked quickly."""
+
+from __future__ import annotations
+
+from ..options import Field, Options
+
+
+class DigitsOptions(Options):
+    test: float = Field(0.2, gt=0, lt=1, description="the share of each class that becomes the test split, such as 0.2")
+
+
+class SyntheticOptions(Options):
+    samples: int = Field(2000, ge=2, description="the number of training samples, monitor split included")
+    test_samples: int = Field(500, ge=1, description="the number of test samples")
+    classes: int = Field(10, ge=2, description="the number of classes, at least 2")
+    channels: int = Field(3, ge=1, description="the number of channels, such as 3")
+    size: int = Field(16, ge=4, description="the height and width of an image in pixels, at least 4")
+    noise: float = Field(0.5, ge=0, description="the deviation of the noise, 0 or more (the signal's is 1)")
+    data_seed: int = Field(0, ge=0, description="a number that selects the data; the run's seed does not")
+
+
+class TorchvisionOptions(Options):
+    root: str = Field(min_length=1, description="the folder that torchvision reads the set from or downloads it to")
+    download: bool = Field(False, description="true to download the set if it is not there")
+    verify: bool = Field(
+        True,
+        description="false to accept CIFAR files whose md5 is not the published one, as when their samples are in "
+        "another order (they are pickles, which can run code: only files that you trust)",
+    )
+
+
+class ShiftOptions(Options):
+    pixels: int = Field(ge=1, description="the largest shift in pixels, at least 1, such as 4 for 32x32 images")

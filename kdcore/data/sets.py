@@ -1,0 +1,122 @@
+"""The data sets that the core registers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import DataError
+from ..seeds import derive
+from .options import DigitsOptions, SyntheticOptions, TorchvisionOptions
+from .splits import stratified
+from .types import Dataset, Split
+
+DIGITS_SPLIT_SEED = 0  # never an option: test samples must not depend on what is tried on them
+MODES = 4  # patterns of a synthetic class
+
+
+def digits(options: DigitsOptions) -> Dataset:
+    """scikit-learn's 1,797 real digits, [N, 1, 8, 8] uint8, with a fixed stratified test split."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    images = torch.from_numpy(raw.images * (255 / 16)).round().to(torch.uint8)[:, None]
+    everything = Split(images, torch.from_numpy(raw.target).long())
+    train, test = stratified(everything.labels, options.test, DIGITS_SPLIT_SEED, "digits test")
+    return Dataset(everything.take(train), everything.take(test), 10)
+
+
+def synthetic(options: SyntheticOptions) -> Dataset:
+    """Random patterns under shift, polarity and noise, uint8, the same on every machine.
+
+    A class is a set of smooth random patterns (MODES of them). An image is one of them, moved cyclically by up to
+    size // 8 pixels, multiplied by +1 or -1, with Gaussian noise. The sign makes the mean of every class the same, so
+    that a linear model stays at chance, and the shifts reward convolutions: larger models do better, as they should
+    in a test of distillation.
+    """
+    shape = (options.classes * MODES, options.channels)
+    generator = torch.Generator().manual_seed(derive(options.data_seed, "synthetic", "patterns"))
+    coarse = torch.randn(*shape, 4, 4, generator=generator)
+    patterns = F.interpolate(coarse, size=options.size, mode="bicubic", align_corners=False)
+    patterns = patterns / patterns.flatten(1).std(1)[:, None, None, None]
+    return Dataset(
+        train=_draw(patterns, options, options.samples, "train"),
+        test=_draw(patterns, options, options.test_samples, "test"),
+        classes=options.classes,
+    )
+
+
+def _draw(patterns: Tensor, options: SyntheticOptions, samples: int, part: str) -> Split:
+    generator = torch.Generator().manual_seed(derive(options.data_seed, "synthetic", part))
+    labels = torch.arange(samples) % options.classes  # balanced; the order is the source's business
+    mode = torch.randint(MODES, (samples,), generator=generator)
+    reach = options.size // 8
+    dy, dx = torch.randint(-reach, reach + 1, (2, samples, 1), generator=generator)
+    rows, columns = ((torch.arange(options.size) + d) % options.size for d in (dy, dx))
+    channels = torch.arange(options.channels)[None, :, None, None]
+    which = (labels * MODES + mode)[:, None, None, None]
+    signal = patterns[which, channels, rows[:, None, :, None], columns[:, None, None, :]]
+    sign = torch.randint(2, (samples, 1, 1, 1), generator=generator) * 2 - 1
+    noisy = signal * sign + options.noise * torch.randn(signal.shape, generator=generator)
+    return Split((128 + 40 * noisy).round().clamp(0, 255).to(torch.uint8), labels)
+
+
+def mnist(options: TorchvisionOptions) -> Dataset:
+    """MNIST, [60,000 and 10,000, 1, 28, 28] uint8."""
+    from torchvision.datasets import MNIST
+
+    stems = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    return _torchvision(MNIST, options, [f"MNIST/raw/{stem}-ubyte" for stem in stems], 10)
+
+
+def cifar10(options: TorchvisionOptions) -> Dataset:
+    """CIFAR-10, [50,000 and 10,000, 3, 32, 32] uint8."""
+    from torchvision.datasets import CIFAR10
+
+    return _torchvision(CIFAR10, options, _cifar_files(CIFAR10), 10)
+
+
+def cifar100(options: TorchvisionOptions) -> Dataset:
+    """CIFAR-100 with fine labels, [50,000 and 10,000, 3, 32, 32] uint8."""
+    from torchvision.datasets import CIFAR100
+
+    return _torchvision(CIFAR100, options, _cifar_files(CIFAR100), 100)
+
+
+def _cifar_files(published: Any) -> list[str]:
+    return [f"{published.base_folder}/{name}" for name, _ in published.train_list + published.test_list]
+
+
+def _torchvision(published: Any, options: TorchvisionOptions, files: list[str], classes: int) -> Dataset:
+    root = Path(options.root).expanduser()
+    missing = [root / file for file in files if not (root / file).is_file()]
+    if missing and not options.download:
+        fix = "Correct data.root, or write download = true."
+        raise DataError(f"{missing[0]} does not exist", where="data.root", fix=fix)
+    # what was just downloaded is always verified: torchvision would take unverified files for complete ones
+    reader = published if options.verify or missing or not hasattr(published, "_load_meta") else _unverified(published)
+    train, test = (_read(reader, root, part, bool(missing)) for part in (True, False))
+    return Dataset(train, test, classes)
+
+
+def _unverified(published: Any) -> Any:
+    """A CIFAR class that skips the md5 sums; the names of the classes are not read, since nothing needs them."""
+    return type(published.__name__, (published,), {"_check_integrity": lambda _: True, "_load_meta": lambda _: None})
+
+
+def _read(reader: Any, root: Path, train: bool, download: bool) -> Split:
+    try:
+        raw = reader(root, train=train, download=download)
+        images, labels = torch.as_tensor(raw.data), torch.as_tensor(raw.targets)
+    except Exception as error:  # torchvision asserts, unpickles and downloads: anything can come out
+        part = "training" if train else "test"
+        fix = "If the files are right but in another order than the published ones, write verify = false."
+        raise DataError(
+            f"cannot read the {part} part of {reader.__name__}: {error}", where=str(root), fix=fix
+        ) from error
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return Split(images.contiguous(), labels.long())

@@ -1,0 +1,104 @@
+"""From a data set to three checked splits, their statistics and their fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..seeds import derive
+from .checks import check_monitor, checked
+from .types import DataInfo, Dataset, Split, Splits
+
+
+def load_splits(build: Callable[[Any], Dataset], options: Any, *, monitor: float, split_seed: int, name: str) -> Splits:
+    """Builds a data set, checks it and carves the monitor split out of its training data.
+
+    Args:
+        build: a registered data set.
+        options: its validated options.
+        monitor: share of every training class that is held out, in (0, 1).
+        split_seed: chooses which; not the run's seed, so that runs of different seeds share the split.
+        name: the data set's name, for errors.
+
+    Raises:
+        DataError: the data are not what training needs; names the split and the sample.
+    """
+    dataset = checked(build(options), name)
+    labels = dataset.train.labels
+    check_monitor(labels, monitor, name)
+    rest, held = stratified(labels, monitor, split_seed, "monitor")
+    train, held_out = dataset.train.take(rest), dataset.train.take(held)
+    channels, height, width = train.images.shape[1:]
+    mean, std = statistics(train.images)
+    return Splits(
+        train=train,
+        monitor=held_out,
+        test=dataset.test,
+        info=DataInfo((channels, height, width), dataset.classes),
+        mean=mean,
+        std=std,
+        fingerprint=fingerprint(dataset.classes, train, held_out, dataset.test),
+    )
+
+
+def stratified(labels: Tensor, share: float, seed: int, purpose: str) -> tuple[Tensor, Tensor]:
+    """Splits positions into (rest, held), the same share of every class, each in ascending order.
+
+    A class of one sample stays in ``rest``; any other has at least one sample on both sides. Depends on nothing but
+    the arguments: each class is drawn with its own generator.
+
+    Args:
+        labels: [N], int64, on the host.
+        share: of each class that goes to ``held``, rounded.
+        seed: together with ``purpose`` and the class it seeds the draw.
+        purpose: keeps splits with one seed apart.
+    """
+    counts = labels.bincount().tolist()
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label, members in enumerate(torch.split(labels.argsort(stable=True), counts)):
+        generator = torch.Generator().manual_seed(derive(seed, purpose, label))
+        chosen = torch.randperm(len(members), generator=generator)[: _held(len(members), share)]
+        held[members[chosen]] = True
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def _held(count: int, share: float) -> int:
+    return min(max(round(count * share), 1), count - 1) if count > 1 else 0
+
+
+def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of images [N, C, H, W], of images / 255 if uint8.
+
+    A constant channel gets the deviation 1, so that normalising it gives zeros. The result does not depend on the
+    number of threads.
+    """
+    measure = _moments_uint8 if images.dtype == torch.uint8 else _moments_float
+    pairs = [measure(images[:, channel]) for channel in range(images.shape[1])]
+    return tuple(mean for mean, _ in pairs), tuple(std if std > 1e-6 else 1.0 for _, std in pairs)
+
+
+def _moments_uint8(pixels: Tensor) -> tuple[float, float]:
+    # a histogram is exact and has no float copy, which would be 4 times the data
+    share = pixels.flatten().bincount(minlength=256).double() / pixels.numel()
+    value = torch.arange(256, dtype=torch.float64) / 255
+    mean = float(share @ value)
+    return mean, float(share @ (value - mean) ** 2) ** 0.5
+
+
+def _moments_float(pixels: Tensor) -> tuple[float, float]:
+    array = pixels.numpy()  # numpy sums in one thread, so always in the same order
+    return float(array.mean(dtype="float64")), float(array.std(dtype="float64"))
+
+
+def fingerprint(classes: int, *splits: Split) -> str:
+    """sha256 (hex) over the number of classes and over shape, dtype and bytes of every tensor."""
+    total = hashlib.sha256(f"{classes}\n".encode())
+    for split in splits:
+        for tensor in (split.images, split.labels):
+            total.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            total.update(memoryview(tensor.contiguous().numpy()))  # type: ignore[arg-type]
+    return total.hexdigest()

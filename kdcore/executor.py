@@ -1,0 +1,244 @@
+"""Runs stages: in this process, or several at once in worker processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from . import errors
+from .errors import DeviceError, Interrupted, KdError
+from .job import Emit, Job
+from .options import Options
+from .plan import SourceSpec, canonical, encode
+from .registry import Catalog
+from .store import Store
+
+TRIES = 3
+
+
+class Executor(Protocol):
+    """What ``[execute] name`` chooses. Constructed with its options, a :class:`Context` and the number of jobs."""
+
+    def execute(self, jobs: Sequence[Job], emit: Emit) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Runs jobs, each after those that it needs, and yields (key, content of result.json) as they end.
+
+        ``emit`` brings events to the driver, each with the ``key`` and ``name`` of its stage.
+        """
+        ...
+
+
+class DataCache:
+    """Data sets of a process, each loaded and checked once."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog = catalog
+        self._loaded: dict[str, Any] = {}
+
+    def __call__(self, source: SourceSpec) -> Any:
+        """The splits of a source: :class:`kdcore.data.Splits`."""
+        from .data import load_splits
+
+        spec = source.dataset
+        key = canonical(encode([spec, source.monitor, source.split_seed], str))
+        if key not in self._loaded:
+            entry = self.catalog.find("dataset", spec.name)
+            options = entry.options_class()(**spec.options)
+            self._loaded[key] = load_splits(
+                entry.load(), options, monitor=source.monitor, split_seed=source.split_seed, name=entry.name
+            )
+        return self._loaded[key]
+
+
+@dataclass
+class Context:
+    """What a process needs to run jobs."""
+
+    catalog: Catalog
+    load: DataCache
+    stopped: Callable[[], int] = lambda: 0
+
+
+def perform(job: Job, context: Context, emit: Emit) -> dict[str, Any]:
+    """Runs one job under its lease; a result that another process made meanwhile is used."""
+    from .training.loop import run_stage
+
+    def send(event: Any) -> None:
+        emit({**event, "key": job.key, "name": job.name})
+
+    def waiting(holder: str) -> None:
+        if signal_number := context.stopped():
+            raise Interrupted(signal_number)
+
+    store = Store(job.settings.store, lambda text: send({"kind": "warning", "text": text}))
+    with store.lease(job.key, waiting):
+        found = store.result(job.key)
+        if found is not None:
+            return {**found, "reused": True}
+        return run_stage(job, context.catalog, context.load, store, send, context.stopped)
+
+
+class LocalExecutor:
+    """One process with one job, worker processes with more."""
+
+    Options = Options
+
+    def __init__(self, options: Options, context: Context, jobs: int) -> None:
+        self.context, self.jobs = context, jobs
+
+    def execute(self, jobs: Sequence[Job], emit: Emit) -> Iterator[tuple[str, dict[str, Any]]]:
+        """See :class:`Executor`."""
+        if self.jobs == 1:
+            for job in _sorted(jobs):
+                yield job.key, perform(job, self.context, emit)
+        else:
+            yield from _Pool(self.jobs, self.context.stopped, emit).run(jobs)
+
+
+def _sorted(jobs: Sequence[Job]) -> list[Job]:
+    """Jobs in an order in which each comes after what it needs."""
+    todo, done, ordered = list(jobs), set[str](), list[Job]()
+    known = {job.key for job in jobs}
+    while todo:
+        ready = next(job for job in todo if not (set(job.needs) & known) - done)
+        ordered.append(ready)
+        done.add(ready.key)
+        todo.remove(ready)
+    return ordered
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[str]
+    job: Job | None = None
+
+
+@dataclass
+class _Pool:
+    """Worker processes that take one job after the other; a dead one's job is tried again from its checkpoint."""
+
+    size: int
+    stopped: Callable[[], int]
+    emit: Emit
+    messages: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = field(default_factory=queue.Queue)
+    workers: list[_Worker] = field(default_factory=list)
+    tries: dict[str, int] = field(default_factory=dict)
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[str, dict[str, Any]]]:
+        todo = _sorted(jobs)
+        missing = {job.key for job in jobs}
+        try:
+            while missing:
+                self._assign(todo, missing)
+                for key, result in self._receive(todo):
+                    missing.discard(key)
+                    yield key, result
+        finally:
+            self._close()
+
+    def _assign(self, todo: list[Job], missing: set[str]) -> None:
+        for job in [job for job in todo if not set(job.needs) & missing]:
+            worker = self._idle(job)
+            if worker is None:
+                return
+            todo.remove(job)
+            worker.job = job
+            assert worker.process.stdin is not None
+            worker.process.stdin.write(job.to_text() + "\n")
+            worker.process.stdin.flush()
+
+    def _idle(self, job: Job) -> _Worker | None:
+        for worker in self.workers:
+            if worker.job is None:
+                return worker
+        if len(self.workers) == self.size:
+            return None
+        worker = _Worker(_spawn(job.settings.threads))
+        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        self.workers.append(worker)
+        return worker
+
+    def _listen(self, worker: _Worker) -> None:
+        assert worker.process.stdout is not None
+        for line in worker.process.stdout:
+            self.messages.put((worker, json.loads(line)))
+        self.messages.put((worker, None))
+
+    def _receive(self, todo: list[Job]) -> Iterator[tuple[str, dict[str, Any]]]:
+        if signal_number := self.stopped():
+            raise Interrupted(signal_number)
+        try:
+            worker, message = self.messages.get(timeout=0.1)
+        except queue.Empty:
+            return
+        if message is None:
+            self._buried(worker, todo)
+        elif message["kind"] == "result":
+            assert worker.job is not None
+            key, worker.job = worker.job.key, None
+            yield key, message["result"]
+        elif message["kind"] == "error":
+            raise _error(message)
+        else:
+            self.emit(message)
+
+    def _buried(self, worker: _Worker, todo: list[Job]) -> None:
+        self.workers.remove(worker)
+        code = worker.process.wait()
+        if worker.job is None:
+            return
+        job = worker.job
+        self.tries[job.key] = self.tries.get(job.key, 0) + 1
+        if self.tries[job.key] >= TRIES:
+            fix = "If the system killed it, lower --jobs or data.batch_size."
+            raise DeviceError(f"its worker died {TRIES} times (exit code {code})", where=f"stage {job.name!r}", fix=fix)
+        text = f"the worker died (exit code {code}); {job.name} goes on from its last checkpoint"
+        self.emit({"kind": "warning", "text": text, "key": job.key, "name": job.name})
+        todo.insert(0, job)
+
+    def _close(self) -> None:
+        """Stops what still runs; a stage that was interrupted leaves a checkpoint."""
+        for worker in self.workers:
+            assert worker.process.stdin is not None
+            if worker.job is not None:
+                worker.process.send_signal(signal.SIGTERM)
+            else:
+                worker.process.stdin.close()
+        for worker in self.workers:
+            try:
+                worker.process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+
+
+def _spawn(threads: int) -> subprocess.Popen[str]:
+    # idle OpenMP threads that spin would steal the cores of the other workers
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "kdcore.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,  # Ctrl-C reaches the driver alone, which then stops its workers in order
+    )
+
+
+def _error(message: dict[str, Any]) -> Exception:
+    kind = getattr(errors, str(message["type"]), None)
+    if message["type"] == "Interrupted":
+        return Interrupted(int(message["signal"]))
+    if isinstance(kind, type) and issubclass(kind, KdError):
+        error: Exception = kind(message["what"], where=message["where"], fix=message["fix"])
+    else:
+        error = RuntimeError(f"{message['type']}: {message['what']}\n{message['traceback']}")
+    for note in message["notes"]:
+        error.add_note(note)
+    return error

@@ -1,0 +1,73 @@
+"""A stage as it is handed to an executor: plain JSON, so that it can cross to another process or machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from .plan import Json
+
+Event: TypeAlias = Mapping[str, Any]
+Emit: TypeAlias = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How stages of a run are executed. ``device``, ``threads``, ``precision`` and ``channels_last`` change bits, so
+    they are part of a stage's key; the rest is not."""
+
+    store: str
+    device: str = "cpu"
+    threads: int = 1
+    precision: str = "float32"
+    channels_last: bool = False
+    log_every: int = 50
+    checkpoint_seconds: float = 20.0
+    strict: bool = False
+    plugin_files: tuple[str, ...] = ()
+    blocked: tuple[str, ...] = ()
+
+    @property
+    def numerics(self) -> dict[str, Json]:
+        from . import NUMERICS
+
+        device = self.device.partition(":")[0]
+        return {
+            "kdcore": NUMERICS, "device": device, "threads": self.threads, "precision": self.precision,
+            "channels_last": self.channels_last, "world_size": 1,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """An encoded stage under its key.
+
+    Args:
+        key: content key of the stage.
+        name: for people.
+        stage: what :func:`kdcore.plan.encode` gave.
+        needs: keys whose results must be in the store before it starts.
+        settings: how to execute it.
+    """
+
+    key: str
+    name: str
+    stage: Json
+    needs: tuple[str, ...]
+    settings: Settings
+
+    def to_text(self) -> str:
+        """One line of JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> Job:
+        """The job that :meth:`to_text` wrote."""
+        data = json.loads(text)
+        settings = data["settings"]
+        for name in ("plugin_files", "blocked"):
+            settings[name] = tuple(settings[name])
+        return cls(**{**data, "needs": tuple(data["needs"]), "settings": Settings(**settings)})

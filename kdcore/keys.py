@@ -1,0 +1,119 @@
+"""Content keys of stages: equal keys mean equal results, so nothing is trained twice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .job import Job, Settings
+from .plan import Json, Schedule, SourceSpec, Stage, digest, encode
+from .registry import Catalog
+from .store import FORMAT
+
+
+@dataclass
+class Keys:
+    """Keys under one catalog, seed and numerics.
+
+    key = sha256 of the canonical JSON of {stage, keys of its inputs, data fingerprint, code, numerics, format}. A data
+    set counts by its fingerprint and a weights file by its content, so neither path nor download date matters.
+
+    Args:
+        catalog: where a stage's names are found; each plugin that it names adds its version and source to the key.
+        seed: of stages that state none.
+        settings: device type, threads and precision change bits.
+        fingerprint: of the data that a :class:`SourceSpec` gives.
+    """
+
+    catalog: Catalog
+    seed: int
+    settings: Settings
+    fingerprint: Callable[[SourceSpec], str]
+    _keys: dict[Stage, str] = field(default_factory=dict)
+    _plans: dict[Stage, str] = field(default_factory=dict)
+
+    def of(self, stage: Stage) -> str:
+        """The key of a stage."""
+        if stage not in self._keys:
+            self._keys[stage] = digest(
+                {
+                    "stage": self._content(stage),
+                    "data": self.fingerprint(stage.data),
+                    "code": self._code(stage),
+                    "numerics": self.settings.numerics,
+                    "format": FORMAT,
+                }
+            )
+        return self._keys[stage]
+
+    def plan(self, stage: Stage) -> str:
+        """Identity of what a strategy asked for, whatever code and data it meets; a replay must give it again."""
+        if stage not in self._plans:
+            self._plans[stage] = digest(encode(stage, self.plan))
+        return self._plans[stage]
+
+    def job(self, stage: Stage) -> Job:
+        """The stage as an executor gets it."""
+        needs = tuple(dict.fromkeys(self.of(ref.stage) for ref in stage.inputs() if isinstance(ref.stage, Stage)))
+        return Job(self.of(stage), stage.name, self._encoded(stage), needs, self.settings)
+
+    def _encoded(self, stage: Stage) -> dict[str, Any]:
+        data: dict[str, Any] = encode(stage, self.of)
+        if data["seed"] is None:
+            data["seed"] = self.seed
+        return data
+
+    def _content(self, stage: Stage) -> Json:
+        data = self._encoded(stage)
+        data["data"] = {**data["data"], "dataset": None}
+        for member in data["members"].values():
+            if member["model"]["weights"] is not None:
+                member["model"]["weights"] = _file_digest(member["model"]["weights"])
+        return data
+
+    def _code(self, stage: Stage) -> Json:
+        origins = {self.catalog.find(kind, name).origin for kind, name in names(stage)}
+        return sorted((origin.code for origin in origins), key=lambda code: code["plugin"])
+
+
+def names(stage: Stage) -> Iterator[tuple[str, str]]:
+    """(kind, name) of everything whose code can change what a stage trains."""
+    yield "step", stage.step
+    yield "source", stage.data.source.name
+    yield from (("transform", spec.name) for spec in stage.data.transforms)
+    yield from (("controller", spec.name) for spec in stage.controllers)
+    for member in stage.members.values():
+        yield "model", member.model.model
+        for term in member.terms:
+            yield "loss", term.loss
+            if isinstance(term.weight, Schedule):
+                yield "schedule", term.weight.shape.name
+        if member.optimizer is not None:
+            yield "optimizer", member.optimizer.name
+            if isinstance(member.optimizer.lr, Schedule):
+                yield "schedule", member.optimizer.lr.shape.name
+
+
+@lru_cache(maxsize=64)
+def _file_digest(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def in_order(stages: list[Stage], keys: Keys) -> list[Stage]:
+    """The stages and everything that they need, inputs first, each key once."""
+    ordered: dict[str, Stage] = {}
+
+    def visit(stage: Stage) -> None:
+        for ref in stage.inputs():
+            if isinstance(ref.stage, Stage):
+                visit(ref.stage)
+        ordered.setdefault(keys.of(stage), stage)
+
+    for stage in stages:
+        visit(stage)
+    return list(ordered.values())

@@ -1,0 +1,370 @@
+"""The words that strategies and controllers speak: what to train next, and what to change while it trains.
+
+Everything here is a frozen dataclass without torch, so that a plan can be printed, hashed, journalled and tested
+without training. A stage refers to the results of other stages by holding them, so a plan is a graph of plain values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+from .errors import PlanError, suggest
+
+Json: TypeAlias = Any
+Plan: TypeAlias = "Generator[Stage | list[Stage], Any, Outcome]"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Something with a name in the catalog and its options (validated, JSON)."""
+
+    name: str
+    options: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model by name. ``weights`` is a safetensors file to start from; its content is part of a stage's key."""
+
+    model: str
+    options: Mapping[str, Json] = field(default_factory=dict)
+    weights: str | None = None
+
+    def __str__(self) -> str:
+        name, size = self.model.rpartition("/")[2], self.options.get("size")
+        return name if size is None else f"{name}-{size}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``value`` x warm-up x a registered schedule's factor.
+
+    ``warmup_epochs`` is a linear ramp: min(e / warmup_epochs, 1), e counted from 1.
+    """
+
+    value: float = 1.0
+    warmup_epochs: float = 0.0
+    shape: Spec = Spec("constant")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a member's objective.
+
+    Args:
+        loss: name of a registered loss.
+        source: the member it learns from; None for a loss on labels alone.
+        weight: factor of the loss; 0 means that neither the loss nor, if nothing else names it, its source is computed.
+        options: the loss's own options.
+        name: how knobs and curves call it; default: the loss's short name.
+        through: keep the source's graph, so that a gradient can flow through it (generators, mutual learning).
+    """
+
+    loss: str
+    source: str | None = "teacher"
+    weight: float | Schedule = 1.0
+    options: Mapping[str, Json] = field(default_factory=dict)
+    name: str = ""
+    through: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.name or self.loss.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """How a member is updated: optimizer name and options, learning-rate schedule, gradient-norm clipping."""
+
+    name: str = "sgd"
+    lr: float | Schedule = 0.05
+    options: Mapping[str, Json] = field(default_factory=dict)
+    clip: float | None = None
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Where batches come from.
+
+    Args:
+        dataset: name and options of a registered data set.
+        batch_size: samples a step.
+        monitor: share of the training data that is held out for every decision.
+        split_seed: seed of that split; not the run's, so that seeds share it.
+        drop_last: leave out a ragged last batch (class statistics want full ones).
+        transforms: augmentations, in order.
+        source: the registered source; ``epochs`` shuffles the training split.
+    """
+
+    dataset: Spec
+    batch_size: int = 128
+    monitor: float = 0.1
+    split_seed: int = 0
+    drop_last: bool = False
+    transforms: tuple[Spec, ...] = ()
+    source: Spec = Spec("epochs")
+
+
+@dataclass(frozen=True)
+class ResultRef:
+    """A member of another stage's result. ``stage`` is that stage, or its key once a plan is encoded."""
+
+    stage: Stage | str
+    member: str
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model in a stage. Without a term of non-zero weight it is frozen, and runs only while a live term names it."""
+
+    model: ModelRef
+    init: ResultRef | None = None
+    terms: tuple[Term, ...] = ()
+    optimizer: OptimizerSpec | None = None
+    ema: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """Several members trained on the same batches.
+
+    Args:
+        name: for people; not part of the key, so equal stages share one result.
+        members: role -> member. Random numbers depend on seed and role, never on the stage.
+        data: where batches come from.
+        length: epochs, or steps if ``tick`` is a number. 0 evaluates and stores the members as they are.
+        tick: how often controllers decide: every epoch, or every n steps.
+        controllers: by name; all see the same view, in this order.
+        uses: results that controllers read, e.g. the curve of a control.
+        step: the registered kind of step.
+        seed: None for the run's.
+        keep: whether a member's result is its last weights or those best on the monitor split.
+    """
+
+    name: str
+    members: Mapping[str, Member]
+    data: SourceSpec
+    length: int
+    tick: int | Literal["epoch"] = "epoch"
+    controllers: tuple[Spec, ...] = ()
+    uses: Mapping[str, ResultRef] = field(default_factory=dict)
+    step: str = "distill"
+    seed: int | None = None
+    keep: Literal["last", "best"] = "last"
+
+    def __getitem__(self, member: str) -> ResultRef:
+        if member not in self.members:
+            raise PlanError(f"no member {member!r}", where=f"stage {self.name!r}", fix=suggest(member, self.members))
+        return ResultRef(self, member)
+
+    def inputs(self) -> Iterator[ResultRef]:
+        """Every result that this stage needs before it can start."""
+        yield from (m.init for m in self.members.values() if m.init is not None)
+        yield from self.uses.values()
+
+
+@dataclass(frozen=True)
+class Set:
+    """Sets a knob: ``student.kd.weight``, ``student.kd.source``, ``student.kd.temperature``, ``data.difficulty``."""
+
+    knob: str
+    value: Json
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Ends a member's training and evaluation; its last weights stay in the result."""
+
+    member: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Ends the stage after this tick."""
+
+    reason: str
+
+
+Decision: TypeAlias = Set | Drop | Finish
+
+
+@dataclass(frozen=True)
+class MemberResult:
+    """What a stage says of one member. Accuracies are shares of the *monitor* split: a strategy never sees the test
+    split, so it cannot select on it."""
+
+    ref: ResultRef
+    accuracy: float
+    best_accuracy: float
+    curve: tuple[Mapping[str, float], ...]
+    params: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished stage: its members, events (decisions with reasons) and recorded cost."""
+
+    stage: Stage
+    key: str
+    members: Mapping[str, MemberResult]
+    events: tuple[Mapping[str, Json], ...]
+    seconds: float
+    flops: int
+
+    def __getitem__(self, member: str) -> MemberResult:
+        return self.members[member]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a strategy returns: the student to deliver, and what it was compared with."""
+
+    student: ResultRef
+    teacher: ResultRef | None = None
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class TickView:
+    """What a controller sees: plain numbers of this tick and of the ones before.
+
+    Args:
+        tick: from 1.
+        epoch: passes over the data so far.
+        step: steps so far.
+        length: ticks of the whole stage.
+        curves: member -> one mapping a tick (``accuracy`` and ``loss`` on the monitor split, and what was asked for).
+        used: name -> curve of the result that the stage uses under that name.
+        knobs: the current value of every knob.
+    """
+
+    tick: int
+    epoch: float
+    step: int
+    length: int
+    curves: Mapping[str, tuple[Mapping[str, float], ...]]
+    used: Mapping[str, tuple[Mapping[str, float], ...]]
+    knobs: Mapping[str, Json]
+
+    def now(self, member: str, metric: str = "accuracy") -> float | None:
+        """The metric of a member of this stage, or of a used result at the same tick; None where there is none."""
+        if member in self.curves:
+            curve = self.curves[member]
+            return curve[-1].get(metric) if len(curve) == self.tick else None
+        used = self.used.get(member, ())
+        return used[self.tick - 1].get(metric) if len(used) >= self.tick else None
+
+
+def labels_alone(view: TickView, member: str, reason: str, weight: float = 1.0) -> list[Decision]:
+    """Decisions that end a member's distillation: every term with a source goes to weight 0, its label terms to
+    ``weight``. The sources then no longer run."""
+    prefix = f"{member}."
+    terms = {k.removesuffix(".source"): v for k, v in view.knobs.items() if k.startswith(prefix) and k.endswith(".source")}
+    return [Set(f"{term}.weight", weight if source is None else 0.0, reason) for term, source in terms.items()]
+
+
+class Controller(Protocol):
+    """Decides at every tick of a stage. Constructed with its validated options."""
+
+    needs: frozenset[str]
+
+    def decide(self, view: TickView) -> Iterable[Decision]: ...
+    def state_dict(self) -> dict[str, Json]: ...
+    def load_state_dict(self, state: Mapping[str, Json]) -> None: ...
+
+
+class Strategy(Protocol):
+    """Says what to train next. ``plan`` must be a pure function of its arguments and of the results sent to it."""
+
+    def plan(self, run: RunView, options: Any) -> Plan: ...
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What a strategy knows of its run: the recipe's parts as plan words, and two helpers that build stages."""
+
+    seed: int
+    teacher: ModelRef
+    student: ModelRef
+    objective: tuple[Term, ...]
+    labels: tuple[Term, ...]
+    optimizer: OptimizerSpec
+    data: SourceSpec
+    epochs: int
+    controllers: tuple[Spec, ...] = ()
+    keep: Literal["last", "best"] = "last"
+    teacher_epochs: int | None = None
+    teacher_optimizer: OptimizerSpec | None = None
+    prepare: Callable[[Spec, Stage, RunView], Stage] = lambda spec, stage, run: stage
+    model: Callable[[Mapping[str, Json]], ModelRef] = lambda table: ModelRef(**table)
+
+    def label_only(self, role: str, model: ModelRef) -> Stage:
+        """A stage that trains ``model`` on labels alone; given weights, it only evaluates and stores them."""
+        teacher = role == "teacher"
+        epochs = self.teacher_epochs if teacher and self.teacher_epochs is not None else self.epochs
+        optimizer = (self.teacher_optimizer if teacher else None) or self.optimizer
+        if model.weights is not None:
+            return self._stage(f"{model} (given)", {role: Member(model)}, 0)
+        return self._stage(f"{model} on labels", {role: Member(model, terms=self.labels, optimizer=optimizer)}, epochs)
+
+    def distilled(self, model: ModelRef, teacher: ResultRef) -> Stage:
+        """A stage that distils ``teacher`` into ``model`` by the recipe's objective, under its controllers."""
+        source = _source_member(teacher)
+        learner = Member(model, terms=self.objective, optimizer=self.optimizer)
+        members = {"student": learner, "teacher": Member(source.model, init=teacher)}
+        stage = self._stage(f"{source.model} -> {model}", members, self.epochs)
+        stage = dataclasses.replace(stage, controllers=self.controllers)
+        for spec in self.controllers:
+            stage = self.prepare(spec, stage, self)
+        return stage
+
+    def _stage(self, name: str, members: Mapping[str, Member], epochs: int) -> Stage:
+        return Stage(name, members, self.data, epochs, seed=self.seed, keep=self.keep)
+
+
+def _source_member(ref: ResultRef) -> Member:
+    if isinstance(ref.stage, str):
+        raise PlanError("a result of an encoded plan cannot be extended", where=f"result {ref.stage[:12]}")
+    return ref.stage.members[ref.member]
+
+
+def encode(value: Any, key_of: Callable[[Stage], str]) -> Json:
+    """A plan word as JSON. Results of other stages become their keys; names for people are left out."""
+    if isinstance(value, ResultRef):
+        return {"stage": value.stage if isinstance(value.stage, str) else key_of(value.stage), "member": value.member}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value) if not (isinstance(value, Stage) and f.name == "name")]
+        return {name: encode(getattr(value, name), key_of) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): encode(item, key_of) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [encode(item, key_of) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise PlanError(f"{value!r} is not JSON", where="plan", fix="Options hold numbers, strings, lists and tables.")
+
+
+def decode(name: str, data: Json) -> Stage:
+    """The stage that :func:`encode` wrote; its results of other stages are keys."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Stage).validate_python({"name": name, **data})
+
+
+def canonical(data: Json) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, no NaN."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(data: Json) -> str:
+    """sha256 of the canonical JSON, in hex."""
+    return hashlib.sha256(canonical(data).encode()).hexdigest()

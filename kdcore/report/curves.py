@@ -1,0 +1,109 @@
+"""What the figures show: plain points, taken from a result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Table: TypeAlias = Mapping[str, Any]
+Points: TypeAlias = tuple[tuple[float, float], ...]
+
+ROLE_COLORS = {"student": "#1d5fa6", "teacher": "#b4530a", "control": "#5f6368"}
+OTHER_COLORS = ("#7a3e9d", "#1b7a4b", "#a61e4d", "#0b7285")
+TERM_COLORS = ("#5b8fc7", "#c9822b", "#5f9e6e", "#9b72b0", "#8a8f98", "#c25b6e")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line or band. ``dash`` is a word that CSS borders and matplotlib share: solid, dashed, dotted."""
+
+    label: str
+    points: Points
+    color: str
+    dash: str = "solid"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where a decision ended the distillation: an epoch, or a step of a stream."""
+
+    at: float
+    reason: str
+
+
+def number(value: Any) -> float | None:
+    """The value if it is a finite number."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def unit(stage: Table) -> str:
+    return "epoch" if stage["tick"] == "epoch" else "step"
+
+
+def position(stage: Table, tick: int) -> int:
+    """A tick, counted from 1, in the stage's unit."""
+    return tick if stage["tick"] == "epoch" else int(tick * stage["tick"])
+
+
+def points(stage: Table, curve: Sequence[Table], key: str) -> Points:
+    """The finite values of ``key`` over epochs or steps."""
+    pairs = ((_x(stage, tick, entry), number(entry.get(key))) for tick, entry in enumerate(curve, 1))
+    return tuple((x, y) for x, y in pairs if y is not None)
+
+
+def _x(stage: Table, tick: int, entry: Table) -> float:
+    epoch = number(entry.get("epoch")) if stage["tick"] == "epoch" else None
+    return position(stage, tick) if epoch is None else epoch
+
+
+def shown(result: Table, stage: Table) -> Iterator[tuple[str, Table]]:
+    """Role and member of everything that a stage's figures compare: its members and the results that it reads."""
+    yield from stage["members"].items()
+    stages = {s["key"]: s for s in result["stages"]}
+    for role, ref in stage["uses"].items():
+        if ref["stage"] in stages and role not in stage["members"]:
+            yield role, stages[ref["stage"]]["members"][ref["member"]]
+
+
+def member_series(result: Table, stage: Table, key: str) -> list[Series]:
+    """One line a member: solid if trained here, dashed if frozen (its level), dotted if read from another stage."""
+    curves = [(role, member, points(stage, member["curve"], key)) for role, member in shown(result, stage)]
+    xs = [x for _, _, line in curves for x, _ in line]
+    level = {"accuracy": "monitor_accuracy"}.get(key, "")
+    rest = iter(OTHER_COLORS * len(curves))
+    series = []
+    for role, member, line in curves:
+        height, dash = number(member.get(level)), "solid" if role in stage["members"] else "dotted"
+        if not line and xs and height is not None:
+            line, dash = ((min(xs), height), (max(xs), height)), "dashed"
+        series.append(Series(role, line, ROLE_COLORS.get(role) or next(rest), dash))
+    return [s for s in series if len(s.points) > 1]
+
+
+def share_series(stage: Table, role: str) -> list[Series]:
+    """One band a term: its share of the gradient, 0 where an entry does not name it."""
+    curve = [entry for entry in stage["members"][role]["curve"] if any(k.startswith("share.") for k in entry)]
+    keys = list(dict.fromkeys(key for entry in curve for key in entry if key.startswith("share.")))
+    filled = [{**entry, **{k: number(entry.get(k)) or 0.0 for k in keys}} for entry in curve]
+    colors = TERM_COLORS * len(keys)
+    series = [Series(k.removeprefix("share."), points(stage, filled, k), c) for k, c in zip(keys, colors, strict=False)]
+    return series if len(series) > 1 and len(filled) > 1 else []
+
+
+def stops(stage: Table) -> list[Stop]:
+    """The decisions that ended the distillation, one for each place."""
+    reasons: dict[float, list[str]] = {}
+    for event in stage["events"]:
+        at = number(event[unit(stage)])
+        if at is not None and _ends_distillation(stage, event):
+            reasons.setdefault(at, []).append(event["reason"] or "")
+    return [Stop(at, "; ".join(dict.fromkeys(filter(None, said)))) for at, said in sorted(reasons.items())]
+
+
+def _ends_distillation(stage: Table, event: Table) -> bool:
+    kind, target = event["kind"], str(event["target"])
+    if kind == "drop":  # of a teacher; a dropped control or partner ends something else
+        return not stage["members"].get(target, {"trained": True})["trained"]
+    return kind == "finish" or (kind == "set" and target.endswith(".weight") and number(event["value"]) == 0)

@@ -1,0 +1,47 @@
+"""Numbers as people read them; a dash where there is none."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .curves import number
+
+NONE = "–"
+
+
+def percent(value: Any) -> str:
+    share = number(value)
+    return NONE if share is None else f"{100 * share:.2f}\u00a0%"
+
+
+def count(value: Any) -> str:
+    whole = number(value)
+    return NONE if whole is None else f"{whole:,.0f}"
+
+
+def scaled(value: Any) -> str:
+    """Three digits and a prefix: 12.4 M."""
+    size = number(value)
+    if size is None or abs(size) < 1000:
+        return count(size)
+    power = min(int(math.log10(abs(size)) // 3), 6)
+    return f"{size / 1000**power:.3g}\u00a0{' kMGTPE'[power]}"
+
+
+def seconds(value: Any) -> str:
+    time = number(value)
+    if time is None or time < 60:
+        return NONE if time is None else f"{time:.1f}\u00a0s"
+    minutes, hours = int(time // 60), int(time // 3600)
+    return f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min {int(time % 60):02} s"
+
+
+def milliseconds(value: Any) -> str:
+    time = number(value)
+    return NONE if time is None else f"{time:.3g}\u00a0ms"
+
+
+def ratio(larger: Any, smaller: Any) -> str:
+    over, under = number(larger), number(smaller)
+    return f"{over / under:.3g}\u00a0×" if over is not None and under else NONE

@@ -1,0 +1,272 @@
+"""The view of a result: every number formatted, every table and figure ready, in the order of the page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from . import figures
+from .curves import Series, Stop, Table, member_series, number, position, share_series, shown, stops, unit
+from .formats import NONE, count, milliseconds, percent, ratio, scaled, seconds
+
+ROLES = ("student", "teacher", "control")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: heads as (text, "text" | "num" | "long"); the first cell of a row is its header."""
+
+    caption: str
+    heads: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure with what a reader needs to understand it."""
+
+    title: str
+    svg: Markup
+    series: tuple[Series, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class StageView:
+    """A stage as the page shows it; one that leads to the student is open from the start."""
+
+    name: str
+    about: str
+    on_chain: bool
+    members: Grid
+    panels: tuple[Panel, ...]
+
+
+def view(result: Table) -> dict[str, Any]:
+    """Everything that the template shows."""
+    return {
+        "title": f"{result['student']['model']}: {percent(_reported(result, 'student'))} test accuracy",
+        "lede": _lede(result),
+        "run": _run(result),
+        "warnings": _warnings(result),
+        "headline": _headline(result),
+        "protocol": _protocol(result),
+        "chain": _chain(result),
+        "stages": [_stage(result, stage, f"s{i}") for i, stage in enumerate(result["stages"], 1)],
+        "decisions": _decisions(result),
+        "cost": _cost(result),
+        "versions": _versions(result),
+        "recipe": json.dumps(result["recipe"], indent=2, ensure_ascii=False),
+    }
+
+
+def _reported_key(result: Table) -> str:
+    return "test_accuracy" if result["protocol"]["selection"] == "last" else "test_accuracy_at_best"
+
+
+def _reported(result: Table, role: str) -> float | None:
+    return number((result[role] or {}).get(_reported_key(result)))
+
+
+def _lede(result: Table) -> str:
+    own = _reported(result, "student")
+    words = {"control": "its control (labels alone)", "teacher": "its teacher"}
+    said = []
+    for role, name in words.items():
+        other = _reported(result, role)
+        if own is not None and other is not None:
+            gap = 100 * (own - other)
+            said.append(f"{abs(gap):.2f} points {'above' if gap >= 0 else 'below'} {name}")
+    return f"The student is {' and '.join(said)} on the test images." if said else ""
+
+
+def _run(result: Table) -> str:
+    run = result["run"]
+    facts = [f"Run {run['id']}", run["finished"], f"seed {run['seed']}", seconds(run["seconds"])]
+    return " · ".join(str(fact) for fact in facts if fact is not None)
+
+
+def _warnings(result: Table) -> list[str]:
+    own = list(result["warnings"])
+    degraded = [f"Plugin {name} is degraded: {reason}" for name, reason in result["degraded"].items()]
+    staged = [f"{s['name']}: {text}" for s in result["stages"] for text in s["warnings"] if text not in own]
+    return list(dict.fromkeys([*own, *degraded, *staged]))
+
+
+def _headline(result: Table) -> Grid:
+    members = [result[role] or {} for role in ROLES]
+    student, teacher = members[0], members[1]
+    shares = {
+        "Test accuracy, last": "test_accuracy",
+        "Test accuracy, best on monitor": "test_accuracy_at_best",
+        "Monitor accuracy, last": "monitor_accuracy",
+        "Monitor accuracy, best": "best_monitor_accuracy",
+    }
+    sizes = {"Parameters": ("params", count), "FLOPs": ("flops", scaled), "Latency": ("latency_ms", milliseconds)}
+    rows = [("Model", *(m.get("model", NONE) for m in members), "")]
+    for text, key in shares.items():
+        mark = " (reported)" if key == _reported_key(result) else ""
+        rows.append((text + mark, *(percent(m.get(key)) for m in members), ""))
+    for text, (key, shown_as) in sizes.items():
+        rows.append((text, *(shown_as(m.get(key)) for m in members), ratio(teacher.get(key), student.get(key))))
+    heads = ("", "Student", "Teacher", "Control", "Teacher / student")
+    return _grid("Student, teacher and control", heads, "text num num num num", rows)
+
+
+def _protocol(result: Table) -> list[str]:
+    p, accuracy = result["protocol"], _reported(result, "student")
+    images = number(p["test_images"])
+    chosen = "the last weights" if p["selection"] == "last" else f"the weights selected by “{p['selection']}”"
+    splits = (
+        f"{count(p['train_images'])} training images, {count(p['monitor_images'])} monitor images "
+        f"({percent(p['monitor_share'])} of the training data, split seed {p['split_seed']}) and "
+        f"{count(p['test_images'])} test images"
+    )
+    seeds = ", ".join(str(seed) for seed in p["seeds"])
+    said = [p["text"], f"The reported number is the test accuracy of {chosen}. Splits: {splits}. Seed: {seeds}."]
+    if images and accuracy is not None:
+        error = math.sqrt(accuracy * (1 - accuracy) / images)
+        said.append(
+            f"One test image is {100 / images:.2f} points, and the standard error of the student's accuracy "
+            f"on this many images is {100 * error:.2f} points: read differences against it."
+        )
+    return [text for text in said if text]
+
+
+def _chain(result: Table) -> list[tuple[str, int, Panel]]:
+    """The same figure across a wide page and down a narrow one."""
+    nodes = _nodes(result)
+    label = "; then ".join(
+        f"{n.role} {n.model}, {n.accuracy}{f', stopped at {n.stopped}' if n.stopped else ''}" for n in nodes
+    )
+    note = "Test accuracy of each model; an arrow is a distillation."
+    return [
+        (
+            css,
+            len(nodes),
+            Panel("From teacher to student", Markup(figures.chain(css, label, nodes, css == "down")), (), note),
+        )
+        for css in ("across", "down")
+        if nodes
+    ]
+
+
+def _nodes(result: Table) -> list[figures.Node]:
+    stages = {stage["key"]: stage for stage in result["stages"]}
+    links = [(stages[link["stage"]], link["member"]) for link in result["chain"] if link["stage"] in stages]
+    nodes = []
+    for i, (stage, name) in enumerate(links):
+        role = "student" if i == len(links) - 1 else "assistant" if i else "teacher"
+        member, stopped = stage["members"][name], stops(stage)
+        at = f"{unit(stage)} {stopped[0].at:g}" if stopped and i else ""
+        nodes.append(figures.Node(role, member["model"], percent(member.get(_reported_key(result))), at))
+    return nodes
+
+
+def _stage(result: Table, stage: Table, name: str) -> StageView:
+    names = {s["key"]: s["name"] for s in result["stages"]}
+    facts = [f"step {stage['step']}", f"{count(stage['length'])} {unit(stage)}s", f"{count(stage['steps'])} steps"]
+    for role, ref in [*stage["inputs"].items(), *stage["uses"].items()]:
+        facts.append(f"{role} from “{names.get(ref['stage'], ref['stage'][:12])}”")
+    facts += ["reused" if stage["reused"] else "trained", f"key {stage['key'][:12]}"]
+    on_chain = stage["key"] in {link["stage"] for link in result["chain"]}
+    return StageView(stage["name"], " · ".join(facts), on_chain, _members(result, stage), _panels(result, stage, name))
+
+
+def _members(result: Table, stage: Table) -> Grid:
+    keys = ("monitor_accuracy", "best_monitor_accuracy", "test_accuracy", "test_accuracy_at_best")
+    rows = []
+    for role, member in shown(result, stage):
+        origin = "another stage" if role not in stage["members"] else "trained" if member["trained"] else "frozen"
+        last, best, *test = (percent(member.get(key)) for key in keys)
+        tick = member.get("best_tick")
+        where = f"\u00a0({unit(stage)}\u00a0{position(stage, tick)})" if tick else ""
+        rows.append((role, member["model"], origin, last, best + where, *test))
+    heads = ("Member", "Model", "Weights", "Monitor, last", "Monitor, best", "Test, last", "Test, best on monitor")
+    return _grid(f"Accuracies in “{stage['name']}”", heads, "text text text num num num num", rows)
+
+
+def _panels(result: Table, stage: Table, name: str) -> tuple[Panel, ...]:
+    ends, axis = stops(stage), unit(stage)
+    said = " ".join(f"Stopped at {axis} {s.at:g}: {s.reason or 'no reason given'}." for s in ends).replace("..", ".")
+    panels = []
+    for title, key, note in (
+        ("Monitor accuracy", "accuracy", ""),
+        ("Train loss", "train.loss", "The whole weighted objective: heights compare only between equal objectives."),
+    ):
+        series = member_series(result, stage, key)
+        if series:
+            shares = key == "accuracy"
+            label = _label(title, series, ends, axis, shares)
+            svg = figures.lines(f"{name}-{key.replace('.', '-')}", label, series, ends, axis, shares)
+            panels.append(Panel(title, Markup(svg), tuple(series), f"{note} {said}".strip()))
+    return (*panels, *_share_panels(stage, name, ends, said))
+
+
+def _share_panels(stage: Table, name: str, ends: Sequence[Stop], said: str) -> Iterable[Panel]:
+    note = "Each term's share of the norm of the gradient at the logits on one fixed monitor batch."
+    for i, role in enumerate(stage["members"]):
+        series = share_series(stage, role)
+        if series:
+            title = f"Gradient share: {role}"
+            label = _label(title, series, ends, unit(stage), shares=True)
+            svg = figures.bands(f"{name}-share-{i}", label, series, ends, unit(stage))
+            yield Panel(title, Markup(svg), tuple(series), f"{note} {said}".strip())
+
+
+def _label(title: str, series: Sequence[Series], ends: Sequence[Stop], axis: str, shares: bool) -> str:
+    def value(y: float) -> str:
+        return percent(y) if shares else f"{y:.3g}"
+
+    said = [f"{s.label} from {value(s.points[0][1])} to {value(s.points[-1][1])}" for s in series]
+    return f"{title} over {axis}s: " + "; ".join([*said, *(f"stopped at {axis} {stop.at:g}" for stop in ends)])
+
+
+def _decisions(result: Table) -> Grid:
+    rows = [
+        (stage["name"], count(e["epoch"]), count(e["step"]), e["controller"], _decision(e), e["reason"] or NONE)
+        for stage in result["stages"]
+        for e in stage["events"]
+    ]
+    heads = ("Stage", "Epoch", "Step", "Controller", "Decision", "Reason")
+    return _grid("Decisions of controllers", heads, "text num num text text long", rows)
+
+
+def _decision(event: Table) -> str:
+    target, value = event["target"], event["value"]
+    return f"{target} = {json.dumps(value)}" if event["kind"] == "set" else f"{event['kind']} {target or ''}".strip()
+
+
+def _cost(result: Table) -> Grid:
+    rows = []
+    for s in result["stages"]:
+        flops = ", ".join(f"{role} {scaled(value)}" for role, value in s["flops"].items()) or NONE
+        rate, origin = count(s["images_per_second"]), "reused" if s["reused"] else "trained"
+        rows.append((s["name"], seconds(s["seconds"]), count(s["steps"]), rate, flops, origin))
+    new = [number(s["seconds"]) or 0.0 for s in result["stages"] if not s["reused"]]
+    rows.append(("Trained in this run", seconds(sum(new)), "", "", "", f"{len(new)} of {len(result['stages'])} stages"))
+    heads = ("Stage", "Time", "Steps", "Images / s", "FLOPs by member", "Result")
+    return _grid("Cost of each stage", heads, "text num num num long text", rows)
+
+
+def _versions(result: Table) -> list[Grid]:
+    rows = [(p["name"], p["distribution"], p["version"]) for p in result["plugins"]]
+    machines: dict[str, list[str]] = {}
+    for stage in result["stages"]:
+        text = ", ".join(f"{key} {value}" for key, value in stage["environment"].items())
+        machines.setdefault(text, []).append(stage["name"])
+    return [
+        _grid("Versions", ("Part", "Version"), "text text", result["versions"].items()),
+        _grid("Plugins", ("Plugin", "Distribution", "Version"), "text text text", rows),
+        _grid("Machine", ("Environment", "Stages"), "text long", [(k, "; ".join(v)) for k, v in machines.items()]),
+    ]
+
+
+def _grid(caption: str, heads: Sequence[str], kinds: str, rows: Iterable[Sequence[Any]]) -> Grid:
+    cells = tuple(tuple(NONE if cell is None else str(cell) for cell in row) for row in rows)
+    return Grid(caption, tuple(zip(heads, kinds.split(), strict=True)), cells)

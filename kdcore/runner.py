@@ -1,0 +1,280 @@
+"""Drives a strategy: asks it for stages, gives it their results, and journals both so that a resume is a replay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from . import __version__
+from .errors import PlanError, PluginError, PreflightError
+from .executor import Context, DataCache, Executor
+from .files import replace_file
+from .job import Event, Settings
+from .journal import Journal
+from .keys import Keys, in_order
+from .plan import Json, MemberResult, Outcome, Result, RunView, Spec, Stage, canonical, digest
+from .plugins import PluginHost
+from .recipe import Recipe, compile_recipe
+from .store import Store
+from .summary import summarise
+
+
+class Console(Protocol):
+    """Shows a run to a person."""
+
+    def handle(self, event: Event) -> None: ...
+
+
+@dataclass
+class Run:
+    """A run of a recipe in its folder; running it again replays what is finished.
+
+    Args:
+        recipe: a checked recipe.
+        host: loaded plugins.
+        settings: how stages are executed.
+        folder: journal, result, student and report.
+        console: shown every event.
+        jobs: stages at once.
+        allow_plugin_change: go on although other plugins are loaded than when the run began.
+        context: data, catalog and the stop flag of this process.
+    """
+
+    recipe: Recipe
+    host: PluginHost
+    settings: Settings
+    folder: Path
+    console: Console
+    jobs: int
+    context: Context
+    allow_plugin_change: bool = False
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
+    diverged: bool = False
+
+    def __post_init__(self) -> None:
+        self.store = Store(self.settings.store, lambda text: self.handle({"kind": "warning", "text": text}))
+        self.view, self.strategy = compile_recipe(self.recipe, self.host.catalog)
+        load = self.context.load
+        self.keys = Keys(self.host.catalog, self.recipe.seed, self.settings, lambda spec: str(load(spec).fingerprint))
+        self.info = {"id": self.folder.name, "dir": str(self.folder), "seed": self.recipe.seed}
+
+    def execute(self) -> dict[str, Any]:
+        """Runs the strategy to its outcome; returns the content of result.json."""
+        started = time.perf_counter()
+        self.journal = Journal(self.folder / "journal.jsonl")
+        self._record_run()
+        self.host.emit("kdcore_run_started", run=self.info)
+        outcome = self._drive()
+        self._obtain([ref.stage for ref in (outcome.student, outcome.teacher) if ref and isinstance(ref.stage, Stage)])
+        result = summarise(self, outcome, time.perf_counter() - started)
+        self._deliver(outcome, result)
+        self.host.emit("kdcore_run_finished", run=self.info, outcome=result)
+        return result
+
+    # ------------------------------------------------------------ the strategy
+
+    def _drive(self) -> Outcome:
+        plan = start(self.strategy, self.view, self.host)
+        answer: Any = None
+        number = 0
+        while True:
+            try:
+                wanted = plan.send(answer)
+            except StopIteration as end:
+                return check_outcome(end.value, self.strategy)
+            stages = check_stages(wanted, self.strategy)
+            self._replay(number, stages)
+            self._obtain(stages)
+            found = [self._result(stage) for stage in stages]
+            answer = found if isinstance(wanted, list) else found[0]
+            number += 1
+
+    def _replay(self, number: int, stages: list[Stage]) -> None:
+        """Compares what the strategy asks for with what it asked for before a kill."""
+        now = {"plan": [self.keys.plan(s) for s in stages], "keys": [self.keys.of(s) for s in stages]}
+        names = [stage.name for stage in stages]
+        before = next((r for r in reversed(self.journal.records) if r["kind"] == "ask" and r["number"] == number), None)
+        if before is not None and before["plan"] != now["plan"] and not self.diverged:
+            raise PlanError(
+                f"step {number + 1} was {before['names']}, now it is {names}",
+                where=f"strategy {self.strategy.name!r}",
+                fix="plan() must depend on options and results alone: no clock, no random numbers, no set order.",
+            )
+        if before is None or before["keys"] != now["keys"]:
+            self.diverged = self.diverged or before is not None  # code or data changed: later steps may differ
+            self.journal.append({"kind": "ask", "number": number, "names": names, **now})
+
+    def _obtain(self, stages: list[Stage]) -> None:
+        """Brings the results of the stages, and of all that they need, from the store or from training."""
+        wanted = [s for s in in_order(stages, self.keys) if self.keys.of(s) not in self.results]
+        self.stages |= {self.keys.of(stage): stage for stage in wanted}
+        missing = []
+        for stage in wanted:
+            stored = self.store.result(self.keys.of(stage))
+            if stored is None:
+                missing.append(stage)
+            else:
+                self._accept(self.keys.of(stage), {**stored, "reused": True})
+        if missing:
+            executor = self._executor()
+            for key, result in executor.execute([self.keys.job(stage) for stage in missing], self.handle):
+                self._accept(key, {"reused": False, **result})
+
+    def _executor(self) -> Executor:
+        spec = self.recipe.execute
+        entry = self.host.catalog.find("executor", spec.name)
+        executor: Executor = entry.load()(entry.options_class()(**spec.extras), self.context, self.jobs)
+        return executor
+
+    def _accept(self, key: str, result: dict[str, Any]) -> None:
+        summary = digest({name: member["curve"] for name, member in result["members"].items()})
+        before = [r for r in self.journal.of("result") if r["key"] == key]
+        if before and before[-1]["curves"] != summary:
+            self.diverged = True  # the store lost it and another machine trained it again
+        if not before or before[-1]["curves"] != summary:
+            record = {"kind": "result", "key": key, "name": self.stages[key].name, "curves": summary}
+            cost = {"seconds": result["seconds"], "flops": sum(result["flops"].values()), "reused": result["reused"]}
+            self.journal.append({**record, **cost})
+        self.results[key] = result
+        self.handle({"kind": "stage_finished", "key": key, "name": self.stages[key].name, "result": result})
+        if result["reused"]:
+            for text in result["warnings"]:
+                self.handle({"kind": "warning", "key": key, "name": self.stages[key].name, "text": text})
+
+    def _result(self, stage: Stage) -> Result:
+        """What the strategy sees: monitor accuracies, curves and costs, nothing of the test split."""
+        return view_result(stage, self.results[self.keys.of(stage)])
+
+    # ------------------------------------------------------------ events
+
+    def handle(self, event: Event) -> None:
+        """Shows an event, journals starts, and tells observers."""
+        self.console.handle(event)
+        kind = event["kind"]
+        if kind == "warning" and self.settings.strict:
+            raise PreflightError(event["text"], where=f"stage {event.get('name', '')!r}", fix="Leave out --strict.")
+        if "key" not in event or event["key"] not in self.stages:
+            return
+        stage = self._stage_info(event["key"])
+        if kind == "stage_started":
+            self.journal.append({"kind": "start", "key": event["key"], "name": event["name"], "step": event["step"]})
+            self.host.emit("kdcore_stage_started", run=self.info, stage=stage)
+        elif kind == "stage_finished":
+            self.host.emit("kdcore_stage_finished", run=self.info, stage=stage, result=event["result"])
+        elif kind == "tick":
+            self.host.emit(
+                "kdcore_epoch_finished", run=self.info, stage=stage, epoch=event["tick"], metrics=event["metrics"]
+            )
+        elif kind == "log":
+            self.host.emit(
+                "kdcore_log_line", run=self.info, stage=stage, step=event["step"], metrics=event["metrics"]
+            )
+        elif kind == "checkpoint":
+            self.host.emit(
+                "kdcore_checkpoint_saved", run=self.info, stage=stage, step=event["step"], path=event["path"]
+            )
+
+    def _stage_info(self, key: str) -> dict[str, Json]:
+        stage = self.stages[key]
+        members = {name: str(member.model) for name, member in stage.members.items()}
+        return {"key": key, "name": stage.name, "members": members, "length": stage.length}
+
+    # ------------------------------------------------------------ files
+
+    def _record_run(self) -> None:
+        path = self.folder / "run.json"
+        plugins = [[o.plugin, o.distribution, o.version] for o in self.host.origins.values()]
+        previous = [record["plugins"] for record in self.journal.of("run")]
+        if previous and previous[-1] != plugins and not self.allow_plugin_change:
+            changed = [p for p in [*previous[-1], *plugins] if (p in plugins) != (p in previous[-1])]
+            text = ", ".join(" ".join(filter(None, p)) for p in changed)
+            raise PluginError(
+                f"the run began with other plugins (changed: {text})",
+                where=str(self.folder),
+                fix="Load the same ones, or give --allow-plugin-change.",
+            )
+        if not previous or previous[-1] != plugins:
+            self.journal.append({"kind": "run", "plugins": plugins, "kdcore": __version__})
+        recipe = self.recipe.model_dump(mode="json")
+        files = list(self.settings.plugin_files)
+        text = {"recipe": recipe, "plugins": plugins, "plugin_files": files, "store": self.settings.store}
+        replace_file(path, canonical(text).encode())
+
+    def _deliver(self, outcome: Outcome, result: dict[str, Any]) -> None:
+        """student.safetensors, result.json and report.html, each replaced whole."""
+        from .report import write
+
+        assert isinstance(outcome.student.stage, Stage)
+        key = self.keys.of(outcome.student.stage)
+        weights = self.store.weights(key, outcome.student.member).read_bytes()
+        replace_file(self.folder / "student.safetensors", weights)
+        replace_file(self.folder / "result.json", pretty(result))
+        write(result, self.folder / "report.html")
+
+
+def pretty(data: Json) -> bytes:
+    """Indented JSON for people."""
+    import json
+
+    return json.dumps(data, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def start(strategy: Spec, view: RunView, host: PluginHost) -> Any:
+    """The strategy's generator, not yet started."""
+    entry = host.catalog.find("strategy", strategy.name)
+    options = entry.options_class()(**strategy.options)
+    plan = entry.load()().plan(view, options)
+    if not hasattr(plan, "send"):
+        raise PluginError("plan() is not a generator", where=f"strategy {entry.full_name!r}", fix="yield stages.")
+    return plan
+
+
+def check_stages(wanted: Any, strategy: Spec) -> list[Stage]:
+    """What a strategy yielded, as a list of stages."""
+    stages = wanted if isinstance(wanted, list) else [wanted]
+    if not stages or not all(isinstance(stage, Stage) for stage in stages):
+        raise PlanError(f"yielded {wanted!r}", where=f"strategy {strategy.name!r}", fix="Yield a Stage or some.")
+    return stages
+
+
+def check_outcome(value: Any, strategy: Spec) -> Outcome:
+    """What a strategy returned."""
+    if not isinstance(value, Outcome) or not isinstance(value.student.stage, Stage):
+        raise PlanError(f"returned {value!r}", where=f"strategy {strategy.name!r}", fix="Return an Outcome.")
+    return value
+
+
+def view_result(stage: Stage, data: Mapping[str, Any]) -> Result:
+    """A stage's result without anything that was measured on the test split."""
+    members = {
+        name: MemberResult(
+            ref=stage[name],
+            accuracy=_number(member["monitor_accuracy"]),
+            best_accuracy=_number(member["best_monitor_accuracy"]),
+            curve=tuple(member["curve"]),
+            params=member["params"],
+            flops=member["flops"] or 0,
+        )
+        for name, member in data["members"].items()
+    }
+    flops = sum(data["flops"].values())
+    return Result(stage, data["key"], members, tuple(data["events"]), data["seconds"], flops)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def now() -> str:
+    """The time of day in UTC, for records only."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def make_context(host: PluginHost, stopped: Any = lambda: 0) -> Context:
+    """What this process needs to run stages of the host's plugins."""
+    return Context(host.catalog, DataCache(host.catalog), stopped)

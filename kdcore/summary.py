@@ -1,0 +1,122 @@
+"""result.json: what a run found, with the protocol under which it was found."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .plan import Json, Outcome, ResultRef, Stage
+
+if TYPE_CHECKING:
+    from .runner import Run
+
+CONTROL = "control"
+
+
+def summarise(run: Run, outcome: Outcome, seconds: float) -> dict[str, Any]:
+    """The content of result.json."""
+    from .runner import now
+
+    chain = _chain(outcome.student)
+    stages = [_stage(run, key) for key in run.results]
+    warnings = [f"{stage['name']}: {text}" for stage in stages for text in stage["warnings"]]
+    return {
+        "kdcore": __version__,
+        "run": {**run.info, "seconds": seconds, "finished": now()},
+        "protocol": _protocol(run),
+        "student": _member(run, outcome.student),
+        "teacher": _member(run, outcome.teacher or (chain[0] if len(chain) > 1 else None)),
+        "control": _member(run, _control(outcome.student)),
+        "chain": [_link(run, ref) for ref in chain],
+        "stages": stages,
+        "evidence": dict(outcome.evidence),
+        "note": outcome.note,
+        "warnings": warnings,
+        "degraded": dict(run.host.muted),
+        "versions": _versions(),
+        "plugins": [
+            {"name": o.plugin, "distribution": o.distribution, "version": o.version} for o in run.host.origins.values()
+        ],
+        "recipe": run.recipe.model_dump(mode="json"),
+    }
+
+
+def _stage(run: Run, key: str) -> dict[str, Any]:
+    """A stage's stored result with its place in the plan; the name is this run's, the result may be another's."""
+    stage = run.stages[key]
+    inputs = {name: _link(run, m.init) for name, m in stage.members.items() if m.init is not None}
+    uses = {name: _link(run, ref) for name, ref in stage.uses.items()}
+    return {**run.results[key], "name": stage.name, "inputs": inputs, "uses": uses}
+
+
+def _link(run: Run, ref: ResultRef) -> dict[str, str]:
+    assert isinstance(ref.stage, Stage)
+    return {"stage": run.keys.of(ref.stage), "member": ref.member}
+
+
+def _member(run: Run, ref: ResultRef | None) -> dict[str, Any] | None:
+    if ref is None:
+        return None
+    link = _link(run, ref)
+    member = run.results[link["stage"]]["members"][ref.member]
+    kept = ("model", "test_accuracy", "monitor_accuracy", "best_monitor_accuracy", "test_accuracy_at_best",
+            "params", "flops", "latency_ms")  # fmt: skip
+    return {**{name: member[name] for name in kept}, **link}
+
+
+def _chain(student: ResultRef) -> list[ResultRef]:
+    """From the first teacher to the student: each learner's teacher is the member that it started its terms from."""
+    chain = [student]
+    while (teacher := _teacher(chain[0])) is not None:
+        chain.insert(0, teacher)
+    return chain
+
+
+def _teacher(ref: ResultRef) -> ResultRef | None:
+    assert isinstance(ref.stage, Stage)
+    for term in ref.stage.members[ref.member].terms:
+        source = ref.stage.members.get(term.source or "")
+        if source is not None and source.init is not None:
+            return source.init
+    return None
+
+
+def _control(student: ResultRef) -> ResultRef | None:
+    assert isinstance(student.stage, Stage)
+    if CONTROL in student.stage.uses:
+        return student.stage.uses[CONTROL]
+    return student.stage[CONTROL] if CONTROL in student.stage.members else None
+
+
+def _protocol(run: Run) -> dict[str, Json]:
+    spec = run.view.data
+    splits = run.context.load(spec)
+    keep = run.recipe.train.keep
+    sizes = {"train": len(splits.train), "monitor": len(splits.monitor), "test": len(splits.test)}
+    chosen = "the last epoch's weights" if keep == "last" else "the weights that were best on the monitor split"
+    return {
+        "selection": keep,
+        "train_images": sizes["train"],
+        "monitor_images": sizes["monitor"],
+        "monitor_share": spec.monitor,
+        "test_images": sizes["test"],
+        "split_seed": spec.split_seed,
+        "seeds": [run.recipe.seed],
+        "text": (
+            f"Reported are {chosen}, trained on {sizes['train']} images. Every decision was made on a monitor split of "
+            f"{sizes['monitor']} images held out from the training data; the {sizes['test']} test images decided nothing."
+        ),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"kdcore": __version__, "python": platform.python_version(), "platform": sys.platform}
+    for name in ("torch", "torchvision", "numpy", "pluggy", "pydantic", "safetensors", "scikit-learn"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

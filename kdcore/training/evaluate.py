@@ -1,0 +1,106 @@
+"""Evaluation at a tick: accuracy, requested metrics, and the gradient share of each term."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import Batch, Split
+from ..data.source import eval_batches
+from ..outputs import Outputs
+from .member import Learner, LiveTerm
+from .objective import source_of
+
+if TYPE_CHECKING:
+    from .session import Session
+
+ON_LOGITS = frozenset({"logits", "target"})
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; each module gets its mode back."""
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+
+
+def accuracy(session: Session, module: nn.Module, split: Split) -> dict[str, float]:
+    """``accuracy`` (share) and ``loss`` (mean cross-entropy in nats) of a classifier on a split."""
+    correct = torch.zeros((), dtype=torch.int64, device=session.device)
+    loss = torch.zeros((), dtype=torch.float64, device=session.device)
+    with evaluating(module), session.autocast():
+        for inputs, target in eval_batches(split, session.splits, session.device):
+            logits = module(inputs).float()
+            correct += (logits.argmax(1) == target).sum()
+            loss += F.cross_entropy(logits, target, reduction="sum")
+    total = len(split)
+    return {"accuracy": correct.item() / total, "loss": loss.item() / total}
+
+
+def metrics(session: Session, learner: Learner) -> dict[str, float]:
+    """The requested metrics of a learner against the source of its first live term that has one."""
+    source = next((term.source for term in learner.live() if term.source is not None), None)
+    wanted = [name for name in sorted(session.needs) if name in session.metrics]
+    if source is None or not wanted:
+        return {}
+    teacher = session.learners[source].evaluated
+    sums = {name: torch.zeros((), dtype=torch.float64, device=session.device) for name in wanted}
+    with evaluating(learner.evaluated, teacher), session.autocast():
+        for inputs, target in eval_batches(session.splits.monitor, session.splits, session.device):
+            student_logits, teacher_logits = learner.evaluated(inputs), teacher(inputs)
+            for name in wanted:
+                sums[name] += session.metrics[name](student_logits, teacher_logits, target).sum()
+    return {name: total.item() / len(session.splits.monitor) for name, total in sums.items()}
+
+
+def gradient_shares(session: Session, learner: Learner) -> dict[str, float]:
+    """How hard each live term pulls at the logits, on one fixed monitor batch.
+
+    ``share.<term>`` is the norm of the term's weighted gradient over the sum of all norms; ``cosine.<a>.<b>`` the cosine
+    between two terms' gradients. Terms that need more than logits and labels are left out.
+    """
+    terms = [t for t in learner.live() if getattr(t.module, "needs", ON_LOGITS) <= ON_LOGITS]
+    batch = session.probe
+    if len(terms) < 2 or len(batch.target) < max(getattr(t.module, "min_batch", 1) for t in terms):
+        return {}
+    sources = {t.source: session.learners[t.source].evaluated for t in terms if t.source is not None}
+    with evaluating(learner.module, *sources.values()), session.autocast():
+        logits = learner.module(batch.inputs).float()
+        others = {name: Outputs(module(batch.inputs).float()) for name, module in sources.items()}
+        with torch.enable_grad():
+            gradients = {t.label: _gradient(t, logits, others, batch) for t in terms}
+    return _compare(gradients)
+
+
+def _gradient(term: LiveTerm, logits: Tensor, others: dict[str, Outputs], batch: Batch) -> Tensor:
+    leaf = logits.detach().requires_grad_()
+    value = term.module(Outputs(leaf), source_of(term, others), batch)
+    value = sum(value.values()) if isinstance(value, dict) else value
+    return term.weight * torch.autograd.grad(value, leaf)[0].double().flatten()
+
+
+def _compare(gradients: dict[str, Tensor]) -> dict[str, float]:
+    stacked = torch.stack(list(gradients.values()))
+    norms = stacked.norm(dim=1)
+    cosines = F.normalize(stacked, dim=1) @ F.normalize(stacked, dim=1).T
+    total = norms.sum().item()
+    if not 0 < total < float("inf"):
+        return {}
+    names = list(gradients)
+    found = {f"share.{name}": norm / total for name, norm in zip(names, norms.tolist(), strict=True)}
+    table = cosines.tolist()
+    for i, a in enumerate(names):
+        found |= {f"cosine.{a}.{b}": table[i][j] for j, b in enumerate(names) if j > i}
+    return found

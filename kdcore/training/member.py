@@ -1,0 +1,159 @@
+"""One member at run time: its model, objective, optimizer, moving average and best weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..data import DataInfo
+from ..errors import PlanError, RecipeError, StorageError
+from ..plan import Member, ModelRef, Term
+from ..registry import Catalog, blame
+from ..seeds import derive
+
+
+@dataclass
+class LiveTerm:
+    """A term with its module; ``weight`` is the current value of its schedule, set at every tick."""
+
+    spec: Term
+    module: nn.Module
+    factor: Callable[[float, float], float]
+    source: str | None
+    weight: float = 0.0
+
+    @property
+    def label(self) -> str:
+        return self.spec.label
+
+
+@dataclass
+class Learner:
+    """A member: frozen while no term is live, trained otherwise."""
+
+    name: str
+    spec: Member
+    module: nn.Module
+    terms: list[LiveTerm] = field(default_factory=list)
+    optimizer: torch.optim.Optimizer | None = None
+    lr_factor: Callable[[float, float], float] = lambda epoch, warm: 1.0
+    ema: AveragedModel | None = None
+    tapped: Tapped | None = None
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    dropped: bool = False
+    best: tuple[int, float] = (0, -1.0)  # tick, monitor accuracy
+    best_state: dict[str, Tensor] | None = None
+    images: int = 0
+    passes: int = 0  # forward passes over an image; a training step counts as three
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def live(self) -> list[LiveTerm]:
+        """Terms that count now."""
+        return [] if self.dropped else [term for term in self.terms if term.weight != 0]
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is evaluated and delivered: the moving average if there is one."""
+        return self.module if self.ema is None else self.ema.module
+
+    def thaw(self, trained: bool) -> None:
+        """Training mode and gradients for a trained member; neither for a frozen one."""
+        self.module.train(trained)
+        for term in self.terms:
+            term.module.train(trained)
+        for parameter in self.parameters:
+            parameter.requires_grad_(trained)
+
+
+class Tapped:
+    """Collects named features of a module while it runs, by forward hooks that exist only for what is asked."""
+
+    def __init__(self, module: nn.Module, names: frozenset[str]) -> None:
+        self.taps: dict[str, Tensor] = {}
+        paths = getattr(module, "taps", {})
+        for name in sorted(names):
+            if name not in paths:
+                raise PlanError(f"no tap {name!r}", where=type(module).__name__, fix=f"Taps: {', '.join(paths)}.")
+            module.get_submodule(paths[name]).register_forward_hook(partial(self._keep, name))
+
+    def _keep(self, name: str, module: nn.Module, args: object, output: Tensor) -> None:
+        self.taps[name] = output
+
+
+def build_model(ref: ModelRef, catalog: Catalog, info: DataInfo, seed: int) -> nn.Module:
+    """A model with initial weights that are a function of seed and model reference alone.
+
+    Raises:
+        PlanError: the model does not give [B, classes].
+    """
+    entry = catalog.find("model", ref.model)
+    options = entry.options_class()(**ref.options)
+    with torch.random.fork_rng(devices=[]), blame(entry.origin, f"building model {entry.full_name!r}"):
+        torch.manual_seed(derive(seed, "init", entry.full_name, dict(ref.options)))
+        module: nn.Module = entry.load()(options, info)
+        if classifies(module):
+            _check_logits(module, ref, info)
+    if ref.weights is not None:
+        load_weights(module, Path(ref.weights), f"model {ref}")
+    return module
+
+
+def classifies(module: nn.Module) -> bool:
+    """False for a module that says ``classifies = False`` (a generator): it is not evaluated."""
+    return bool(getattr(module, "classifies", True))
+
+
+def _check_logits(module: nn.Module, ref: ModelRef, info: DataInfo) -> None:
+    with torch.no_grad():
+        shape = tuple(module.eval()(torch.zeros(2, *info.shape)).shape)
+    if shape != (2, info.classes):
+        fix = f"It must give [B, {info.classes}]."
+        raise PlanError(f"gives logits of shape {shape} for 2 images", where=f"model {ref}", fix=fix)
+
+
+def load_weights(module: nn.Module, path: Path, where: str) -> None:
+    """Loads a safetensors file whose names and shapes must fit.
+
+    Raises:
+        StorageError: the file is not safetensors.
+        RecipeError: it belongs to another architecture or another number of classes.
+    """
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"not a safetensors file: {error}", where=str(path)) from error
+    own = module.state_dict()
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    if missing or extra:
+        problem = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r} too"
+        raise RecipeError(f"{path} {problem}", where=where, fix="Give the model that these weights belong to.")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            problem = f"{path}: {name!r} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+            raise RecipeError(problem, where=where, fix="Teacher and student must have the data's number of classes.")
+    module.load_state_dict(state)
+
+
+def make_ema(module: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of parameters and buffers."""
+    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def host_state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's state on the host, contiguous and unshared, as safetensors wants it."""
+    return {name: host_copy(tensor) for name, tensor in module.state_dict().items()}
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A contiguous host tensor that shares no memory."""
+    copy = tensor.detach().to("cpu", copy=True)
+    return copy.contiguous()
+

@@ -1,0 +1,90 @@
+"""The objective of a learner: its live terms, as one loss call where the loss can take cross-entropy along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from ..data import Batch
+from ..errors import PluginError
+from ..outputs import Outputs
+from .member import LiveTerm
+
+CROSS_ENTROPY = "cross_entropy"
+
+
+def weighted_loss(
+    terms: list[LiveTerm],
+    own: Outputs,
+    others: Mapping[str, Outputs],
+    batch: Batch,
+    record: Callable[[str, Tensor], None],
+) -> Tensor:
+    """The weighted sum of the terms, 0-d.
+
+    Args:
+        terms: the live terms, at least one.
+        own: the learner's outputs.
+        others: outputs of the members that the terms name.
+        batch: the batch.
+        record: called with each term's label and its unweighted value.
+    """
+    pair = _fusible(terms)
+    total = None if pair is None else _fused(*pair, own, others, batch, record)
+    for term in terms:
+        if pair is None or term not in pair:
+            value = _single(term, own, others, batch)
+            record(term.label, value)
+            total = term.weight * value if total is None else total + term.weight * value
+    assert total is not None, "a live learner has a live term"
+    return total
+
+
+def _fusible(terms: list[LiveTerm]) -> tuple[LiveTerm, LiveTerm] | None:
+    """Cross-entropy and one term that computes it in the same passes over the logits."""
+    entropy = [term for term in terms if term.spec.loss.rpartition("/")[2] == CROSS_ENTROPY]
+    takers = [term for term in terms if hasattr(term.module, "with_cross_entropy")]
+    return (entropy[0], takers[0]) if len(entropy) == 1 and takers else None
+
+
+def _fused(
+    entropy: LiveTerm,
+    term: LiveTerm,
+    own: Outputs,
+    others: Mapping[str, Outputs],
+    batch: Batch,
+    record: Callable[[str, Tensor], None],
+) -> Tensor:
+    total: Tensor
+    total, parts = term.module.with_cross_entropy(  # type: ignore[operator]
+        own,
+        source_of(term, others),
+        batch,
+        weight=term.weight,
+        ce_weight=entropy.weight,
+        label_smoothing=entropy.module.label_smoothing,
+    )
+    record(entropy.label, parts["ce"])
+    record(term.label, parts["kd"])
+    return total
+
+
+def _single(term: LiveTerm, own: Outputs, others: Mapping[str, Outputs], batch: Batch) -> Tensor:
+    value = term.module(own, source_of(term, others), batch)
+    if isinstance(value, dict):
+        value = sum(value.values())
+    if not isinstance(value, Tensor) or value.ndim:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise PluginError(f"gave {shape}", where=f"loss {term.spec.loss!r}", fix="It must return a 0-d tensor.")
+    return value
+
+
+def source_of(term: LiveTerm, others: Mapping[str, Outputs]) -> Outputs | None:
+    """What a term learns from, cut off the graph unless the term asks for the path through it."""
+    if term.source is None:
+        return None
+    source = others[term.source]
+    if term.spec.through:
+        return source
+    return Outputs(source.logits.detach(), {name: tap.detach() for name, tap in source.taps.items()})

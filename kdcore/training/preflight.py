@@ -1,0 +1,46 @@
+"""Checks before the first step: is there anything to learn from the teacher?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..plan import ResultRef
+from . import evaluate
+from .member import Learner, classifies
+from .session import Session
+
+CONTROL = "control"
+
+
+def preflight(session: Session, inputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Warnings about every frozen member that another one learns from.
+
+    A teacher within two standard errors of the share of the largest class knows nothing; one that is not above the
+    control, the student's architecture trained on labels alone, has nothing to teach.
+    """
+    sources = {t.source for learner in session.learners.values() for t in learner.terms if t.source is not None}
+    frozen = [session.learners[name] for name in sorted(sources) if not session.learners[name].terms]
+    control = session.stage.uses.get(CONTROL)
+    floor = None if control is None else inputs[str(control.stage)]["members"][control.member]["monitor_accuracy"]
+    return [text for teacher in frozen if classifies(teacher.module) for text in _judge(session, teacher, inputs, floor)]
+
+
+def _judge(session: Session, teacher: Learner, inputs: Mapping[str, Any], control: float | None) -> list[str]:
+    accuracy = _accuracy(session, teacher, inputs)
+    chance = session.splits.majority("monitor")
+    error = math.sqrt(chance * (1 - chance) / len(session.splits.monitor))
+    name = f"{teacher.name} {teacher.spec.model}"
+    if accuracy <= chance + 2 * error:
+        return [f"{name} is at chance: {accuracy:.2%} on the monitor split, the largest class alone gives {chance:.2%}"]
+    if control is not None and accuracy <= control:
+        return [f"{name} has {accuracy:.2%} on the monitor split, not above the label-only control's {control:.2%}"]
+    return []
+
+
+def _accuracy(session: Session, teacher: Learner, inputs: Mapping[str, Any]) -> float:
+    init = teacher.spec.init
+    if isinstance(init, ResultRef):
+        return float(inputs[str(init.stage)]["members"][init.member]["monitor_accuracy"])
+    return evaluate.accuracy(session, teacher.module, session.splits.monitor)["accuracy"]

@@ -1,0 +1,294 @@
+"""A stage at run time: everything that its loop, steps, controllers and checkpoints share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batch, Random, Source, SourceContext, Splits
+from ..data.source import eval_batches
+from ..errors import DataError, PlanError, suggest
+from ..job import Emit, Job
+from ..outputs import Shapes
+from ..plan import Json, ResultRef, Stage, Term, decode
+from ..registry import Catalog, blame
+from ..store import Store
+from . import device as devices
+from .knobs import Knobs
+from .member import Learner, LiveTerm, Tapped, build_model, load_weights, make_ema
+from .meters import Meters
+from .schedules import as_schedule, compile_schedule
+from .step import StepContext
+
+BASE_METRICS = frozenset({"accuracy", "loss", "grad_norm", "grad_cosine"})
+
+
+@dataclass
+class Session:
+    """The state of a stage while it runs."""
+
+    job: Job
+    stage: Stage
+    catalog: Catalog
+    store: Store
+    emit: Emit
+    splits: Splits
+    source: Source
+    device: torch.device
+    learners: dict[str, Learner]
+    knobs: Knobs
+    controllers: list[tuple[str, Any]]
+    used: Mapping[str, tuple[Mapping[str, float], ...]]
+    metrics: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]]
+    probe: Batch
+    context: StepContext = field(init=False)
+    meters: Meters = field(default_factory=Meters)
+    step: int = 0
+    tick: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+    events: list[dict[str, Json]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.context = StepContext(self)
+
+    @property
+    def seed(self) -> int:
+        assert self.stage.seed is not None, "an encoded stage has its seed"
+        return self.stage.seed
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the controllers asked for."""
+        return frozenset().union(*(controller.needs for _, controller in self.controllers))
+
+    @property
+    def steps_per_tick(self) -> int:
+        return self.source.steps_per_epoch if self.stage.tick == "epoch" else self.stage.tick
+
+    @property
+    def ticks(self) -> int:
+        """Length of the stage in ticks; schedules count in them."""
+        return self.stage.length if self.stage.tick == "epoch" else self.stage.length // self.stage.tick
+
+    def autocast(self) -> torch.autocast:
+        return devices.autocast(self.device, self.job.settings.precision)
+
+    def rate(self, learner: Learner) -> float:
+        """The learning rate of this step as a multiple of the optimizer's own."""
+        spec = learner.spec.optimizer
+        assert spec is not None
+        epoch = self.step / self.steps_per_tick
+        knob = float(self.knobs.values[f"{learner.name}.lr"]) / as_schedule(spec.lr).value
+        return knob * learner.lr_factor(epoch, (self.step + 1) / self.steps_per_tick)
+
+    def begin_tick(self) -> None:
+        """Reads weights from knobs and schedules, and settles who is trained and who is needed."""
+        for learner in self.learners.values():
+            for term in learner.terms:
+                knob = float(self.knobs.values[f"{learner.name}.{term.label}.weight"])
+                term.weight = knob * term.factor(float(self.tick), self.tick + 1.0)
+        trained = [name for name, learner in self.learners.items() if learner.live()]
+        sources: dict[str, bool] = {}
+        for name in trained:
+            for term in self.learners[name].live():
+                if term.source is not None:
+                    sources[term.source] = sources.get(term.source, False) or term.spec.through
+        for name, learner in self.learners.items():
+            learner.thaw(name in trained)
+        self.context.trained, self.context.sources = tuple(trained), sources
+
+    @property
+    def trained(self) -> list[Learner]:
+        """Members that are trained now."""
+        return [self.learners[name] for name in self.context.trained]
+
+
+def open_session(
+    job: Job, catalog: Catalog, splits: Splits, store: Store, emit: Emit, used: Mapping[str, Any]
+) -> Session:
+    """Builds models, objectives, optimizers, source and controllers of a stage."""
+    stage = decode(job.name, job.stage)
+    check_stage(stage)
+    device = devices.resolve(job.settings.device)
+    splits = splits.to(device)
+    learners = _build_models(stage, job, catalog, store, splits, device)
+    _build_terms(stage, learners, catalog, splits)
+    for learner in learners.values():
+        _build_optimizer(stage, learner, catalog)
+    source = _build_source(stage, catalog, splits, device, learners)
+    controllers = [_build_controller(spec.name, spec.options, catalog) for spec in stage.controllers]
+    needs = frozenset().union(*(controller.needs for _, controller in controllers)) - BASE_METRICS
+    return Session(
+        job, stage, catalog, store, emit, splits, source, device, learners, Knobs(learners, source), controllers, used,
+        metrics={name: catalog.find("metric", name).load() for name in sorted(needs)},
+        probe=_probe(stage, splits, device),
+    )  # fmt: skip
+
+
+def check_stage(stage: Stage) -> None:
+    """Refuses a stage whose words do not fit together.
+
+    Raises:
+        PlanError: names the member and what to write.
+    """
+    where = f"stage {stage.name!r}"
+    if not stage.members or stage.length < 0:
+        raise PlanError("a stage has members and a length from 0", where=where)
+    if stage.tick != "epoch" and (stage.tick < 1 or stage.length % stage.tick):
+        raise PlanError(f"length {stage.length} is not a multiple of tick {stage.tick}", where=where)
+    for name, member in stage.members.items():
+        labels = [term.label for term in member.terms]
+        if len(set(labels)) < len(labels):
+            raise PlanError(f"terms {labels}", where=f"{where}, member {name!r}", fix="Give each term its own name.")
+        if any("." in text for text in (name, *labels)) or name == "data":
+            raise PlanError("names hold no dot, and data is taken", where=f"{where}, member {name!r}")
+        if member.terms and member.optimizer is None:
+            raise PlanError("has terms but no optimizer", where=f"{where}, member {name!r}")
+        for term in member.terms:
+            if term.source is not None and term.source not in stage.members:
+                fix = suggest(term.source, stage.members)
+                raise PlanError(f"no member {term.source!r}", where=f"{where}, {name}.{term.label}.source", fix=fix)
+
+
+def _build_models(
+    stage: Stage, job: Job, catalog: Catalog, store: Store, splits: Splits, device: torch.device
+) -> dict[str, Learner]:
+    learners = {}
+    for name, member in stage.members.items():
+        assert stage.seed is not None
+        module = build_model(member.model, catalog, splits.info, stage.seed)
+        if isinstance(member.init, ResultRef):
+            load_weights(module, store.weights(str(member.init.stage), member.init.member), f"member {name!r}")
+        layout = torch.channels_last if job.settings.channels_last else torch.contiguous_format
+        module = module.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        learners[name] = Learner(name, member, module)
+    return learners
+
+
+def _build_terms(stage: Stage, learners: Mapping[str, Learner], catalog: Catalog, splits: Splits) -> None:
+    wanted = _wanted_taps(stage, catalog)
+    for name, learner in learners.items():
+        if learner.spec.ema is not None:
+            learner.ema = make_ema(learner.module, learner.spec.ema)  # before hooks, which it would copy
+        if wanted[name]:
+            learner.tapped = Tapped(learner.module, frozenset(wanted[name]))
+    shapes = {name: _tap_shapes(learner, splits) for name, learner in learners.items()}
+    length = stage.length if stage.tick == "epoch" else stage.length // stage.tick
+    for name, learner in learners.items():
+        for term in learner.spec.terms:
+            teacher = shapes[term.source] if term.source is not None else {}
+            info = Shapes(splits.info.classes, len(splits.train), shapes[name], teacher)
+            learner.terms.append(_build_term(term, info, catalog, length, stage, name))
+            learner.terms[-1].module.to(next(learner.module.parameters()).device)
+
+
+def _wanted_taps(stage: Stage, catalog: Catalog) -> dict[str, set[str]]:
+    wanted: dict[str, set[str]] = {name: set() for name in stage.members}
+    for name, member in stage.members.items():
+        for term in member.terms:
+            entry = catalog.find("loss", term.loss)
+            cls = entry.load()
+            if "taps" in cls.needs and term.source is not None:
+                own, other = cls.taps(entry.options_class()(**term.options))
+                wanted[name] |= set(own)
+                wanted[term.source] |= set(other)
+    return wanted
+
+
+def _tap_shapes(learner: Learner, splits: Splits) -> dict[str, tuple[int, ...]]:
+    if learner.tapped is None:
+        return {}
+    images = torch.zeros(2, *splits.info.shape, device=next(learner.module.parameters()).device)
+    with torch.no_grad():
+        learner.module.eval()(images)
+    return {name: tuple(tap.shape[1:]) for name, tap in learner.tapped.taps.items()}
+
+
+def _build_term(term: Term, info: Shapes, catalog: Catalog, length: int, stage: Stage, member: str) -> LiveTerm:
+    entry = catalog.find("loss", term.loss)
+    with blame(entry.origin, f"building loss {entry.full_name!r}"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_adapter_seed(stage, member, term))
+        module: nn.Module = entry.load().build(info, entry.options_class()(**term.options))
+    if term.through and hasattr(module, "teacher_grad"):
+        module.teacher_grad = True
+    return LiveTerm(term, module, compile_schedule(as_schedule(term.weight), catalog, length), term.source)
+
+
+def _adapter_seed(stage: Stage, member: str, term: Term) -> int:
+    from ..seeds import derive
+
+    assert stage.seed is not None
+    return derive(stage.seed, "adapter", member, term.label)
+
+
+def _build_optimizer(stage: Stage, learner: Learner, catalog: Catalog) -> None:
+    adapters = [p for term in learner.terms for p in term.module.parameters()]
+    learner.parameters = [p for p in [*learner.module.parameters(), *adapters] if p.requires_grad]
+    spec = learner.spec.optimizer
+    if spec is None or not learner.spec.terms:
+        return
+    entry = catalog.find("optimizer", spec.name)
+    rate = as_schedule(spec.lr)
+    length = stage.length if stage.tick == "epoch" else stage.length // stage.tick
+    with blame(entry.origin, f"building optimizer {entry.full_name!r}"):
+        learner.optimizer = entry.load()(learner.parameters, rate.value, entry.options_class()(**spec.options))
+    for group in learner.optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    learner.lr_factor = compile_schedule(rate, catalog, length)
+
+
+def _build_source(
+    stage: Stage, catalog: Catalog, splits: Splits, device: torch.device, learners: Mapping[str, Learner]
+) -> Source:
+    assert stage.seed is not None
+    spec = stage.data
+    transforms = []
+    for item in spec.transforms:
+        entry = catalog.find("transform", item.name)
+        transforms.append(partial(_transform, entry.load(), entry.options_class()(**item.options)))
+    context = SourceContext(splits, stage.seed, spec.batch_size, spec.drop_last, tuple(transforms), device)
+    entry = catalog.find("source", spec.source.name)
+    with blame(entry.origin, f"building source {entry.full_name!r}"):
+        source: Source = entry.load()(entry.options_class()(**spec.source.options), context)
+    if stage.tick == "epoch":
+        _check_batches(stage, splits, learners)
+    return source
+
+
+def _transform(function: Callable[..., Tensor], options: Any, images: Tensor, random: Random) -> Tensor:
+    return function(images, random, options)
+
+
+def _check_batches(stage: Stage, splits: Splits, learners: Mapping[str, Learner]) -> None:
+    size, total = stage.data.batch_size, len(splits.train)
+    smallest = size if stage.data.drop_last else (total % size or size)
+    for learner in learners.values():
+        for term in learner.terms:
+            if smallest < getattr(term.module, "min_batch", 1):
+                problem = f"a batch of {smallest} has no class statistics (loss {term.spec.loss!r})"
+                raise DataError(problem, where="data.batch_size", fix="Use at least 2, and drop_last = true.")
+
+
+def _build_controller(name: str, options: Mapping[str, Json], catalog: Catalog) -> tuple[str, Any]:
+    entry = catalog.find("controller", name)
+    with blame(entry.origin, f"building controller {entry.full_name!r}"):
+        return entry.name, entry.load()(entry.options_class()(**options))
+
+
+def _probe(stage: Stage, splits: Splits, device: torch.device) -> Batch:
+    """The fixed monitor batch on which gradient shares are measured."""
+    size = min(stage.data.batch_size, len(splits.monitor))
+    inputs, target = next(iter(eval_batches(splits.monitor, splits, device, size)))
+    return Batch(inputs, target, torch.arange(len(target), device=device), 0)
+
+
+def curves(results: Mapping[str, Mapping[str, Any]], uses: Iterable[tuple[str, ResultRef]]) -> dict[str, Any]:
+    """Curves of the results that a stage uses, by the name under which it uses them."""
+    return {name: tuple(results[str(ref.stage)]["members"][ref.member]["curve"]) for name, ref in uses}

@@ -1,0 +1,147 @@
+"""A session as files, and back: the whole state of a stage, bit for bit, without pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..errors import NumericError, PluginError
+from ..plan import Json
+from .member import Learner, host_copy
+from .session import Session
+
+
+def pack(session: Session) -> dict[str, bytes]:
+    """state.json and tensors.safetensors of a session between two steps."""
+    check_finite(session)
+    tensors = {name: host_copy(tensor) for name, tensor in _tensors(session)}
+    return {"state.json": json.dumps(_state(session)).encode(), "tensors.safetensors": save(tensors)}
+
+
+def unpack(session: Session, folder: Path) -> None:
+    """Puts a session back where :func:`pack` saw it."""
+    state = json.loads((folder / "state.json").read_bytes())
+    tensors = load_file(folder / "tensors.safetensors", device=str(session.device))
+    for name in ("step", "tick", "seconds", "events", "warnings", "finished"):
+        setattr(session, name, state[name])
+    session.meters.sums, session.meters.counts = state["sums"], state["counts"]
+    for (_, controller), saved in zip(session.controllers, state["controllers"], strict=True):
+        controller.load_state_dict(saved)
+    for learner in session.learners.values():
+        _restore(learner, state["members"][learner.name], tensors)
+    session.knobs.restore(state["knobs"])
+
+
+def check_finite(session: Session) -> None:
+    """Refuses weights that are not finite: they never reach a file.
+
+    Raises:
+        NumericError: names stage, step, member and parameter.
+    """
+    for learner in session.trained:
+        named = [(n, p) for n, p in learner.module.named_parameters() if p.is_floating_point()]
+        bad = torch.stack([~torch.isfinite(p).all() for _, p in named]).tolist()  # one sync a member
+        if any(bad):
+            name = next(n for (n, _), is_bad in zip(named, bad, strict=True) if is_bad)
+            where = f"stage {session.stage.name!r}, step {session.step}, member {learner.name!r}, parameter {name!r}"
+            raise NumericError("not finite", where=where, fix="Lower train.lr or set train.clip.")
+
+
+def _state(session: Session) -> dict[str, Json]:
+    return {
+        "step": session.step,
+        "tick": session.tick,
+        "seconds": session.seconds,
+        "finished": session.finished,
+        "events": session.events,
+        "warnings": session.warnings,
+        "sums": session.meters.sums,
+        "counts": session.meters.counts,
+        "knobs": session.knobs.values,
+        "controllers": [controller.state_dict() for _, controller in session.controllers],
+        "members": {learner.name: _member_state(learner) for learner in session.learners.values()},
+    }
+
+
+def _member_state(learner: Learner) -> dict[str, Json]:
+    return {
+        "dropped": learner.dropped,
+        "best": list(learner.best),
+        "passes": learner.passes,
+        "curve": learner.curve,
+        "optimizer": _numbers(learner.optimizer),
+    }
+
+
+def _tensors(session: Session) -> Iterator[tuple[str, Tensor]]:
+    for learner in session.learners.values():
+        for part, state in _parts(learner).items():
+            yield from ((f"{learner.name}/{part}/{name}", tensor) for name, tensor in state.items())
+
+
+def _parts(learner: Learner) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a learner that training can change, by part."""
+    if not learner.terms:
+        return {}
+    parts = {"model": learner.module.state_dict(), "best": learner.best_state or {}}
+    if learner.ema is not None:
+        parts["ema"] = learner.ema.state_dict()
+    if learner.optimizer is not None:
+        parts["optimizer"] = dict(_optimizer_tensors(learner.optimizer))
+    return parts | {f"term.{term.label}": term.module.state_dict() for term in learner.terms}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                yield f"{index}.{key}", value
+
+
+def _numbers(optimizer: torch.optim.Optimizer | None) -> dict[str, Json]:
+    """The part of an optimizer's state that is not tensors."""
+    if optimizer is None:
+        return {}
+    numbers: dict[str, Json] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                continue
+            if not (value is None or isinstance(value, int | float | str)):
+                where = f"optimizer {type(optimizer).__name__}"
+                raise PluginError(f"state {key!r} is {type(value).__name__}", where=where, fix="Keep tensors, numbers.")
+            numbers[f"{index}.{key}"] = value
+    return numbers
+
+
+def _restore(learner: Learner, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    learner.dropped, learner.passes, learner.curve = saved["dropped"], saved["passes"], saved["curve"]
+    learner.best = (saved["best"][0], saved["best"][1])
+    if not learner.terms:
+        return
+    learner.module.load_state_dict(_under(tensors, f"{learner.name}/model/"))
+    learner.best_state = {n: t.cpu() for n, t in _under(tensors, f"{learner.name}/best/").items()} or None
+    if learner.ema is not None:
+        learner.ema.load_state_dict(_under(tensors, f"{learner.name}/ema/"))
+    for term in learner.terms:
+        term.module.load_state_dict(_under(tensors, f"{learner.name}/term.{term.label}/"))
+    if learner.optimizer is not None:
+        _restore_optimizer(learner.optimizer, saved["optimizer"], _under(tensors, f"{learner.name}/optimizer/"))
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, numbers: dict[str, Json], tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Any]] = {}
+    for path, value in {**numbers, **tensors}.items():
+        index, _, key = path.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

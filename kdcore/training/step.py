@@ -1,0 +1,119 @@
+"""One step: what a kind of step works with, and the default kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..data import Batch
+from ..outputs import Outputs
+from ..seeds import derive
+from . import device
+from .objective import weighted_loss
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+class StepContext:
+    """What a step sees of its stage.
+
+    ``trained`` are the members with live terms, ``sources`` those that a live term names (with True where a term wants
+    the path through them). A step calls :meth:`forward`, :meth:`loss`, :meth:`backward` and :meth:`apply`; loop, order,
+    checkpoints and meters stay the framework's.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._calls: dict[str, int] = {}
+        self.step = 0
+        self.trained: tuple[str, ...] = ()
+        self.sources: dict[str, bool] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors live."""
+        return self._session.device
+
+    def forward(self, name: str, inputs: Tensor, *, through: bool = False) -> Outputs:
+        """Runs a member.
+
+        A trained member runs in training mode with gradients. A frozen one runs in evaluation mode, and without a graph
+        unless ``through``: then a gradient flows through it to ``inputs``, and its parameters get none.
+
+        Args:
+            name: the member.
+            inputs: [B, ...] on the device; images for a classifier.
+            through: keep a frozen member's graph.
+        """
+        session = self._session
+        learner = session.learners[name]
+        trained = name in self.trained
+        learner.passes += len(inputs) * (3 if trained else 1)
+        device.seed_dropout(session.device, self.seed(name))
+        with torch.set_grad_enabled(trained or through), session.autocast():
+            logits = learner.module(inputs)
+        taps = dict(learner.tapped.taps) if learner.tapped is not None else {}
+        return Outputs(logits, taps)
+
+    def loss(self, name: str, own: Outputs, others: Mapping[str, Outputs], batch: Batch) -> Tensor:
+        """The weighted objective of a member, 0-d, with every term recorded."""
+        terms = self._session.learners[name].live()
+        total = weighted_loss(terms, own, others, batch, lambda label, value: self.record(f"{name}.{label}", value))
+        self.record(f"{name}.loss", total)
+        return total
+
+    def backward(self, name: str, loss: Tensor) -> None:
+        """Gradients of ``loss`` for the parameters of this member alone."""
+        learner = self._session.learners[name]
+        assert learner.optimizer is not None, "a trained member has an optimizer"
+        learner.optimizer.zero_grad(set_to_none=True)
+        loss.backward(inputs=learner.parameters)  # type: ignore[no-untyped-call]
+
+    def apply(self, name: str) -> None:
+        """Clips, steps the optimizer at the scheduled rate, and moves the average."""
+        learner = self._session.learners[name]
+        assert learner.optimizer is not None
+        spec = learner.spec.optimizer
+        if spec is not None and spec.clip is not None:
+            torch.nn.utils.clip_grad_norm_(learner.parameters, spec.clip)
+        scale = self._session.rate(learner)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+        learner.optimizer.step()
+        if learner.ema is not None:
+            learner.ema.update_parameters(learner.module)
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Adds a 0-d tensor to the curve ``member.name``; no sync."""
+        self._session.meters.record(name, self.step, value)
+
+    def seed(self, name: str) -> int:
+        """A seed for this member, step and call, whatever else the stage holds."""
+        nth = self._calls[name] = self._calls.get(name, 0) + 1
+        return derive(self._session.seed, "dropout", name, self.step, nth)
+
+    def generator(self, name: str) -> torch.Generator:
+        """A seeded generator for a member's own random numbers, e.g. noise; differs from dropout's at every call."""
+        return torch.Generator(self.device).manual_seed(self.seed(f"{name}/noise"))
+
+    def begin(self, step: int) -> None:
+        """Called by the loop before each step."""
+        self.step = step
+        self._calls.clear()
+
+
+def distill(ctx: StepContext, batch: Batch) -> None:
+    """Every source once, then forward, objective and backward of each trained member, then all updates.
+
+    Members that nobody learns from run one after another, so that only one graph is alive at a time.
+    """
+    shared = {name: ctx.forward(name, batch.inputs, through=through) for name, through in ctx.sources.items()}
+    for name in ctx.trained:
+        own = shared[name] if name in shared else ctx.forward(name, batch.inputs)
+        ctx.backward(name, ctx.loss(name, own, shared, batch))
+    for name in ctx.trained:
+        ctx.apply(name)

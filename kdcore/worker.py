@@ -1,0 +1,77 @@
+"""A worker process: jobs as lines on standard input, events and results as lines on standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from typing import Any, TextIO
+
+from .errors import KdError
+from .executor import Context, DataCache, perform
+from .job import Job
+from .plugins import PluginHost, load_plugins
+from .registry import blame_by_traceback
+
+
+def main() -> None:
+    """Serves jobs until standard input closes."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a plugin prints must not break the protocol
+    signals: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    jobs: queue.Queue[Job] = queue.Queue()
+    threading.Thread(target=_read, args=(jobs,), daemon=True).start()
+    served: tuple[PluginHost, Context] | None = None
+    while not signals:
+        try:
+            job = jobs.get(timeout=0.1)
+        except queue.Empty:
+            continue
+        if served is None:
+            host = load_plugins(job.settings.blocked, job.settings.plugin_files)
+            served = host, Context(host.catalog, DataCache(host.catalog), lambda: signals[0] if signals else 0)
+        _serve(job, *served, out)
+
+
+def _read(jobs: queue.Queue[Job]) -> None:
+    """Queues jobs; at the end of input the driver is gone, and so is this process."""
+    for line in sys.stdin:
+        jobs.put(Job.from_text(line))
+    os._exit(0)
+
+
+def _serve(job: Job, host: PluginHost, context: Context, out: TextIO) -> None:
+    def send(message: Any) -> None:
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+
+    try:
+        send({"kind": "result", "result": perform(job, context, send)})
+    except Exception as error:
+        blame_by_traceback(error, host.origins.values())
+        send(describe(error))
+
+
+def describe(error: Exception) -> dict[str, Any]:
+    """An error as JSON; the driver raises it again."""
+    known = isinstance(error, KdError)
+    return {
+        "kind": "error",
+        "type": type(error).__name__,
+        "what": error.what if isinstance(error, KdError) else str(error),
+        "where": error.where if isinstance(error, KdError) else "",
+        "fix": error.fix if isinstance(error, KdError) else "",
+        "signal": getattr(error, "signal_number", 0),
+        "notes": list(getattr(error, "__notes__", ())),
+        "traceback": "" if known else "".join(traceback.format_exception(error)),
+    }
+
+
+if __name__ == "__main__":
+    main()
