@@ -56,4 +56,6 @@ def replace_file(path: Path, data: bytes) -> None:
 def storage_error(error: OSError, path: Path, size: int) -> StorageError:
     """The readable form of an operating-system error at ``path``."""
     need = f" ({size:,} bytes needed)" if size else ""
-    return StorageError(f"{error.strerror or error}{need}", where=str(path), fix="Make room or mend it, then run again.")
+    return StorageError(
+        f"{error.strerror or error}{need}", where=str(path), fix="Make room or mend it, then run again."
+    )

@@ -198,7 +198,8 @@ Decision: TypeAlias = Set | Drop | Finish
 @dataclass(frozen=True)
 class MemberResult:
     """What a stage says of one member. Accuracies are shares of the *monitor* split: a strategy never sees the test
-    split, so it cannot select on it."""
+    split, so it cannot select on it.
+    """
 
     ref: ResultRef
     accuracy: float
@@ -266,9 +267,10 @@ class TickView:
 
 def labels_alone(view: TickView, member: str, reason: str, weight: float = 1.0) -> list[Decision]:
     """Decisions that end a member's distillation: every term with a source goes to weight 0, its label terms to
-    ``weight``. The sources then no longer run."""
-    prefix = f"{member}."
-    terms = {k.removesuffix(".source"): v for k, v in view.knobs.items() if k.startswith(prefix) and k.endswith(".source")}
+    ``weight``. The sources then no longer run.
+    """
+    knobs = {knob: value for knob, value in view.knobs.items() if knob.startswith(f"{member}.")}
+    terms = {knob.removesuffix(".source"): value for knob, value in knobs.items() if knob.endswith(".source")}
     return [Set(f"{term}.weight", weight if source is None else 0.0, reason) for term, source in terms.items()]
 
 

@@ -16,7 +16,7 @@ from .files import replace_file
 from .job import Event, Settings
 from .journal import Journal
 from .keys import Keys, in_order
-from .plan import Json, MemberResult, Outcome, Result, RunView, Spec, Stage, canonical, digest
+from .plan import Json, MemberResult, Outcome, Result, RunView, Spec, Stage, digest
 from .plugins import PluginHost
 from .recipe import Recipe, compile_recipe
 from .store import Store
@@ -171,9 +171,7 @@ class Run:
                 "kdcore_epoch_finished", run=self.info, stage=stage, epoch=event["tick"], metrics=event["metrics"]
             )
         elif kind == "log":
-            self.host.emit(
-                "kdcore_log_line", run=self.info, stage=stage, step=event["step"], metrics=event["metrics"]
-            )
+            self.host.emit("kdcore_log_line", run=self.info, stage=stage, step=event["step"], metrics=event["metrics"])
         elif kind == "checkpoint":
             self.host.emit(
                 "kdcore_checkpoint_saved", run=self.info, stage=stage, step=event["step"], path=event["path"]
@@ -202,8 +200,8 @@ class Run:
             self.journal.append({"kind": "run", "plugins": plugins, "kdcore": __version__})
         recipe = self.recipe.model_dump(mode="json")
         files = list(self.settings.plugin_files)
-        text = {"recipe": recipe, "plugins": plugins, "plugin_files": files, "store": self.settings.store}
-        replace_file(path, canonical(text).encode())
+        about = {"recipe": recipe, "plugins": plugins, "plugin_files": files, "store": self.settings.store}
+        replace_file(path, pretty(about))
 
     def _deliver(self, outcome: Outcome, result: dict[str, Any]) -> None:
         """student.safetensors, result.json and report.html, each replaced whole."""

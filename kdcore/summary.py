@@ -106,8 +106,9 @@ def _protocol(run: Run) -> dict[str, Json]:
         "split_seed": spec.split_seed,
         "seeds": [run.recipe.seed],
         "text": (
-            f"Reported are {chosen}, trained on {sizes['train']} images. Every decision was made on a monitor split of "
-            f"{sizes['monitor']} images held out from the training data; the {sizes['test']} test images decided nothing."
+            f"Reported are {chosen}, trained on {sizes['train']} images. Every decision was made on a monitor split "
+            f"of {sizes['monitor']} images held out from the training data; the {sizes['test']} test images decided "
+            "nothing."
         ),
     }
 

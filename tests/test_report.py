@@ -174,7 +174,7 @@ def test_compression_is_teacher_over_student(result):
 
 def test_the_protocol_says_selection_splits_and_seed(result):
     text = Page(render(result)).text
-    for said in ("1,293 training images", "144 monitor images", "360 test images", "the last weights", "Seed: 0"):
+    for said in ("1,293 training images", "144 monitor images", "360 test images", "last weights.", "Seed: 0"):
         assert said in text
     assert result["protocol"]["text"] in text
 
@@ -225,6 +225,17 @@ def test_the_controls_curve_is_drawn_where_it_is_used(result):
     assert any(re.match(r"Train loss .*student from .*; control from ", x) for x in labels)
 
 
+def test_shares_are_blank_after_the_stop_on_an_axis_that_spans_the_stage(result):
+    figure = render(result).split('aria-label="Gradient share: student')[2].split("</svg>")[0]
+    assert {"4", "8", "12", "16", "20"} <= set(re.findall(r">(\d+)</text>", figure))
+    bands = re.findall(r'<path id="[^"]*" d="([^"]*)" style="stroke: #ffffff"', figure)
+    left, width = map(float, re.search(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', figure).groups())
+    assert len(bands) == 2
+    for band in bands:
+        end = max(float(x) for x in re.findall(r"[ML] ([\d.]+)", band))
+        assert end == pytest.approx(left + width * 11 / 19, abs=0.1)  # epoch 12 of 1 to 20
+
+
 def test_ids_are_unique_and_every_reference_has_its_id(result):
     text = render(result)
     page = Page(text)
@@ -273,6 +284,14 @@ def test_empty_curves_give_no_figures_and_say_so(result):
     assert page.text.count("No curves") == 4
 
 
+def test_a_chain_too_long_to_read_across_goes_down(result):
+    link = result["chain"][1]
+    result["chain"][1:1] = [link] * 3
+    page = Page(render(result))
+    assert next(value for name, value in page.attributes if name == "class" and "card" in value) == "card tall"
+    assert page.texts.count("assistant") == 4
+
+
 def test_an_empty_plan_survives(result):
     result.update(chain=[], stages=[], warnings=[], degraded={}, plugins=[], versions={}, recipe={})
     text = Page(render(result)).text
@@ -292,7 +311,7 @@ def test_a_failed_write_leaves_the_old_report_and_no_part_of_the_new(result, tmp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "rename", full)
     with pytest.raises(StorageError, match=r"report\.html.*No space left"):
         write(result, target)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

@@ -15,7 +15,7 @@ class SyntheticOptions(Options):
     classes: int = Field(10, ge=2, description="the number of classes, at least 2")
     channels: int = Field(3, ge=1, description="the number of channels, such as 3")
     size: int = Field(16, ge=4, description="the height and width of an image in pixels, at least 4")
-    noise: float = Field(0.5, ge=0, description="the deviation of the noise, 0 or more (the signal's is 1)")
+    noise: float = Field(1.0, ge=0, description="the deviation of the noise, 0 or more (the signal's is 1)")
     data_seed: int = Field(0, ge=0, description="a number that selects the data; the run's seed does not")
 
 

@@ -61,8 +61,8 @@ def check_dkd(student: Tensor, target: Target, alpha: float | Tensor, beta: floa
     if target is None:
         raise ValueError('target is None, but DKD needs a target class. Pass labels, or target="teacher".')
     _check_weight("alpha", alpha)
-    if isinstance(beta, Tensor) and beta.dim() and beta.shape != student.shape[:1]:
-        raise ValueError(f"beta has shape {_shape(beta)}. Pass a number, a 0-d tensor or one per row.")
+    if not isinstance(beta, Tensor) or beta.shape != student.shape[:1]:
+        _check_weight("beta", beta, "a number, a 0-d tensor or one per row")
 
 
 def _check_pair(student: Tensor, teacher: Tensor) -> None:
@@ -116,10 +116,10 @@ def _check_settings(settings: Settings) -> None:
     check_label_smoothing(settings.label_smoothing)
 
 
-def _check_weight(name: str, value: float | Tensor) -> None:
+def _check_weight(name: str, value: float | Tensor, kinds: str = "a number or a 0-d tensor") -> None:
     if isinstance(value, Tensor):
         if value.dim():
-            raise ValueError(f"{name} has shape {_shape(value)}. Pass a number or a 0-d tensor.")
+            raise ValueError(f"{name} has shape {_shape(value)}. Pass {kinds}.")
     elif not math.isfinite(value):
         raise ValueError(f"{name}={value} is not finite. Pass a finite number.")
 

@@ -20,6 +20,10 @@ def _settings(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def _same(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and bool(value == default)
+
+
 class _Twin(nn.Module):
     _defaults: ClassVar[dict[str, Any]]
 
@@ -33,8 +37,8 @@ class _Twin(nn.Module):
         return {name: getattr(self, name) for name in self._defaults}
 
     def extra_repr(self) -> str:
-        changed = {name: value for name, value in self._current().items() if value is not self._defaults[name]}
-        return ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        current = self._current().items()
+        return ", ".join(f"{name}={value!r}" for name, value in current if not _same(value, self._defaults[name]))
 
 
 class KDLoss(_Twin):

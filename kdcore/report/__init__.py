@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import StorageError
+from ..files import replace_file
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:
     """Writes the report of ``result`` (the content of result.json). The same result gives the same bytes."""
-    text = render(result)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StorageError(f"the report cannot be written: {error}", where=str(path)) from error
+    replace_file(path, render(result).encode("utf-8", errors="replace"))
 
 
 def render(result: Mapping[str, Any]) -> str:

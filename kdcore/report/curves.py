@@ -49,13 +49,14 @@ def position(stage: Table, tick: int) -> int:
 
 def points(stage: Table, curve: Sequence[Table], key: str) -> Points:
     """The finite values of ``key`` over epochs or steps."""
-    pairs = ((_x(stage, tick, entry), number(entry.get(key))) for tick, entry in enumerate(curve, 1))
+    pairs = zip(places(stage, curve), (number(entry.get(key)) for entry in curve), strict=True)
     return tuple((x, y) for x, y in pairs if y is not None)
 
 
-def _x(stage: Table, tick: int, entry: Table) -> float:
-    epoch = number(entry.get("epoch")) if stage["tick"] == "epoch" else None
-    return position(stage, tick) if epoch is None else epoch
+def places(stage: Table, curve: Sequence[Table]) -> list[float]:
+    """Where the entries of a curve stand, in the stage's unit."""
+    epochs = [number(entry.get("epoch")) if stage["tick"] == "epoch" else None for entry in curve]
+    return [position(stage, tick) if epoch is None else epoch for tick, epoch in enumerate(epochs, 1)]
 
 
 def shown(result: Table, stage: Table) -> Iterator[tuple[str, Table]]:
@@ -83,13 +84,13 @@ def member_series(result: Table, stage: Table, key: str) -> list[Series]:
 
 
 def share_series(stage: Table, role: str) -> list[Series]:
-    """One band a term: its share of the gradient, 0 where an entry does not name it."""
-    curve = [entry for entry in stage["members"][role]["curve"] if any(k.startswith("share.") for k in entry)]
+    """One band a term: its share of the gradient where that was measured, which takes two live terms."""
+    curve = stage["members"][role]["curve"]
     keys = list(dict.fromkeys(key for entry in curve for key in entry if key.startswith("share.")))
-    filled = [{**entry, **{k: number(entry.get(k)) or 0.0 for k in keys}} for entry in curve]
     colors = TERM_COLORS * len(keys)
-    series = [Series(k.removeprefix("share."), points(stage, filled, k), c) for k, c in zip(keys, colors, strict=False)]
-    return series if len(series) > 1 and len(filled) > 1 else []
+    series = [Series(k.removeprefix("share."), points(stage, curve, k), c) for k, c in zip(keys, colors, strict=False)]
+    series = [s for s in series if len(s.points) > 1]
+    return series if len(series) > 1 else []
 
 
 def stops(stage: Table) -> list[Stop]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -64,12 +65,17 @@ def lines(name: str, label: str, series: Sequence[Series], stops: Sequence[Stop]
     return _panel(name, label, draw, stops, unit, percent)
 
 
-def bands(name: str, label: str, series: Sequence[Series], stops: Sequence[Stop], unit: str) -> str:
-    """Shares over epochs or steps, stacked."""
+def bands(
+    name: str, label: str, series: Sequence[Series], places: Sequence[float], stops: Sequence[Stop], unit: str
+) -> str:
+    """Shares over epochs or steps, stacked; blank at the places where none was measured."""
+    levels = [dict(s.points) for s in series]
+    empty = {x: math.nan for x in places if not any(x in level for level in levels)}
+    heights = [[level.get(x, empty.get(x, 0.0)) for x in places] for level in levels]
 
     def draw(axes: Axes) -> None:
-        heights = [[y for _, y in s.points] for s in series]
-        axes.stackplot([x for x, _ in series[0].points], heights, colors=[s.color for s in series], edgecolor="white")
+        axes.stackplot(places, heights, colors=[s.color for s in series], edgecolor="white")
+        axes.update_datalim([(x, 0.0) for x in places])  # the axis spans the blank too
         axes.set_ylim(0, 1)
         axes.margins(x=0)
 

@@ -11,10 +11,11 @@ from typing import Any
 from markupsafe import Markup
 
 from . import figures
-from .curves import Series, Stop, Table, member_series, number, position, share_series, shown, stops, unit
+from .curves import Series, Stop, Table, member_series, number, places, position, share_series, shown, stops, unit
 from .formats import NONE, count, milliseconds, percent, ratio, scaled, seconds
 
 ROLES = ("student", "teacher", "control")
+ACROSS = 5  # models side by side whose names are readable on 1280 pixels
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,14 @@ def _headline(result: Table) -> Grid:
 def _protocol(result: Table) -> list[str]:
     p, accuracy = result["protocol"], _reported(result, "student")
     images = number(p["test_images"])
-    chosen = "the last weights" if p["selection"] == "last" else f"the weights selected by “{p['selection']}”"
+    chosen = "last weights" if p["selection"] == "last" else "best on the monitor images"
     splits = (
         f"{count(p['train_images'])} training images, {count(p['monitor_images'])} monitor images "
         f"({percent(p['monitor_share'])} of the training data, split seed {p['split_seed']}) and "
         f"{count(p['test_images'])} test images"
     )
     seeds = ", ".join(str(seed) for seed in p["seeds"])
-    said = [p["text"], f"The reported number is the test accuracy of {chosen}. Splits: {splits}. Seed: {seeds}."]
+    said = [p["text"], f"Selection: {chosen}. Splits: {splits}. Seed: {seeds}."]
     if images and accuracy is not None:
         error = math.sqrt(accuracy * (1 - accuracy) / images)
         said.append(
@@ -139,21 +140,15 @@ def _protocol(result: Table) -> list[str]:
 
 
 def _chain(result: Table) -> list[tuple[str, int, Panel]]:
-    """The same figure across a wide page and down a narrow one."""
+    """The same figure across a wide page and down a narrow one; a chain too long to read across goes down on both."""
     nodes = _nodes(result)
-    label = "; then ".join(
-        f"{n.role} {n.model}, {n.accuracy}{f', stopped at {n.stopped}' if n.stopped else ''}" for n in nodes
-    )
-    note = "Test accuracy of each model; an arrow is a distillation."
-    return [
-        (
-            css,
-            len(nodes),
-            Panel("From teacher to student", Markup(figures.chain(css, label, nodes, css == "down")), (), note),
-        )
-        for css in ("across", "down")
-        if nodes
-    ]
+    said = [f"{n.role} {n.model}, {n.accuracy}" + (f", stopped at {n.stopped}" if n.stopped else "") for n in nodes]
+    note, panels = "Test accuracy of each model; an arrow is a distillation.", []
+    for css in ("across", "down") if len(nodes) <= ACROSS else ("tall",):
+        if nodes:
+            svg = figures.chain(css, "; then ".join(said), nodes, down=css != "across")
+            panels.append((css, len(nodes), Panel("From teacher to student", Markup(svg), (), note)))
+    return panels
 
 
 def _nodes(result: Table) -> list[figures.Node]:
@@ -184,8 +179,8 @@ def _members(result: Table, stage: Table) -> Grid:
     for role, member in shown(result, stage):
         origin = "another stage" if role not in stage["members"] else "trained" if member["trained"] else "frozen"
         last, best, *test = (percent(member.get(key)) for key in keys)
-        tick = member.get("best_tick")
-        where = f"\u00a0({unit(stage)}\u00a0{position(stage, tick)})" if tick else ""
+        tick = number(member.get("best_tick"))
+        where = f"\u00a0({unit(stage)}\u00a0{position(stage, int(tick))})" if tick else ""
         rows.append((role, member["model"], origin, last, best + where, *test))
     heads = ("Member", "Model", "Weights", "Monitor, last", "Monitor, best", "Test, last", "Test, best on monitor")
     return _grid(f"Accuracies in “{stage['name']}”", heads, "text text text num num num num", rows)
@@ -193,7 +188,7 @@ def _members(result: Table, stage: Table) -> Grid:
 
 def _panels(result: Table, stage: Table, name: str) -> tuple[Panel, ...]:
     ends, axis = stops(stage), unit(stage)
-    said = " ".join(f"Stopped at {axis} {s.at:g}: {s.reason or 'no reason given'}." for s in ends).replace("..", ".")
+    said = " ".join(f"Stopped at {axis} {s.at:g}: {s.reason.rstrip('.') or 'no reason given'}." for s in ends)
     panels = []
     for title, key, note in (
         ("Monitor accuracy", "accuracy", ""),
@@ -209,13 +204,16 @@ def _panels(result: Table, stage: Table, name: str) -> tuple[Panel, ...]:
 
 
 def _share_panels(stage: Table, name: str, ends: Sequence[Stop], said: str) -> Iterable[Panel]:
-    note = "Each term's share of the norm of the gradient at the logits on one fixed monitor batch."
-    for i, role in enumerate(stage["members"]):
+    note = (
+        "Each term's share of the norm of the gradient at the logits on one fixed monitor batch; "
+        "blank where it was not measured, as with one term alone."
+    )
+    for i, (role, member) in enumerate(stage["members"].items()):
         series = share_series(stage, role)
         if series:
             title = f"Gradient share: {role}"
             label = _label(title, series, ends, unit(stage), shares=True)
-            svg = figures.bands(f"{name}-share-{i}", label, series, ends, unit(stage))
+            svg = figures.bands(f"{name}-share-{i}", label, series, places(stage, member["curve"]), ends, unit(stage))
             yield Panel(title, Markup(svg), tuple(series), f"{note} {said}".strip())
 
 
@@ -255,7 +253,7 @@ def _cost(result: Table) -> Grid:
 
 
 def _versions(result: Table) -> list[Grid]:
-    rows = [(p["name"], p["distribution"], p["version"]) for p in result["plugins"]]
+    rows = [(p["name"], p["distribution"] or NONE, p["version"] or NONE) for p in result["plugins"]]
     machines: dict[str, list[str]] = {}
     for stage in result["stages"]:
         text = ", ".join(f"{key} {value}" for key, value in stage["environment"].items())
@@ -263,7 +261,7 @@ def _versions(result: Table) -> list[Grid]:
     return [
         _grid("Versions", ("Part", "Version"), "text text", result["versions"].items()),
         _grid("Plugins", ("Plugin", "Distribution", "Version"), "text text text", rows),
-        _grid("Machine", ("Environment", "Stages"), "text long", [(k, "; ".join(v)) for k, v in machines.items()]),
+        _grid("Machine", ("Stages", "Environment"), "text long", [("; ".join(v), k) for k, v in machines.items()]),
     ]
 
 

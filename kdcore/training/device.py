@@ -55,7 +55,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def seed_dropout(device: torch.device, seed: int) -> None:
     """Seeds the generators that dropout draws from on this device."""
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)

@@ -14,7 +14,7 @@ from ..data import Batch, Split
 from ..data.source import eval_batches
 from ..outputs import Outputs
 from .member import Learner, LiveTerm
-from .objective import source_of
+from .objective import single_loss
 
 if TYPE_CHECKING:
     from .session import Session
@@ -68,8 +68,8 @@ def metrics(session: Session, learner: Learner) -> dict[str, float]:
 def gradient_shares(session: Session, learner: Learner) -> dict[str, float]:
     """How hard each live term pulls at the logits, on one fixed monitor batch.
 
-    ``share.<term>`` is the norm of the term's weighted gradient over the sum of all norms; ``cosine.<a>.<b>`` the cosine
-    between two terms' gradients. Terms that need more than logits and labels are left out.
+    ``share.<term>`` is the norm of the term's weighted gradient over the sum of all norms; ``cosine.<a>.<b>`` the
+    cosine between two terms' gradients. Terms that need more than logits and labels are left out.
     """
     terms = [t for t in learner.live() if getattr(t.module, "needs", ON_LOGITS) <= ON_LOGITS]
     batch = session.probe
@@ -86,8 +86,7 @@ def gradient_shares(session: Session, learner: Learner) -> dict[str, float]:
 
 def _gradient(term: LiveTerm, logits: Tensor, others: dict[str, Outputs], batch: Batch) -> Tensor:
     leaf = logits.detach().requires_grad_()
-    value = term.module(Outputs(leaf), source_of(term, others), batch)
-    value = sum(value.values()) if isinstance(value, dict) else value
+    value = single_loss(term, Outputs(leaf), others, batch)
     return term.weight * torch.autograd.grad(value, leaf)[0].double().flatten()
 
 

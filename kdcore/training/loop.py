@@ -243,7 +243,8 @@ def _finish(session: Session) -> dict[str, Any]:
         "warnings": session.warnings,
         "environment": environment(session),
     }
-    files = {f"{name}.safetensors": save(_delivered(session, learner)) for name, learner in session.learners.items()}
+    kept = [learner for learner in session.learners.values() if learner.terms or learner.spec.init is None]
+    files = {f"{learner.name}.safetensors": save(_delivered(session, learner)) for learner in kept}
     session.store.save_result(session.job.key, {"result.json": canonical(result).encode(), **files})
     return result
 

@@ -144,7 +144,7 @@ def load_weights(module: nn.Module, path: Path, where: str) -> None:
 
 def make_ema(module: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of parameters and buffers."""
-    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
 
 
 def host_state(module: nn.Module) -> dict[str, Tensor]:
@@ -156,4 +156,3 @@ def host_copy(tensor: Tensor) -> Tensor:
     """A contiguous host tensor that shares no memory."""
     copy = tensor.detach().to("cpu", copy=True)
     return copy.contiguous()
-

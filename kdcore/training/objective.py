@@ -34,7 +34,7 @@ def weighted_loss(
     total = None if pair is None else _fused(*pair, own, others, batch, record)
     for term in terms:
         if pair is None or term not in pair:
-            value = _single(term, own, others, batch)
+            value = single_loss(term, own, others, batch)
             record(term.label, value)
             total = term.weight * value if total is None else total + term.weight * value
     assert total is not None, "a live learner has a live term"
@@ -70,7 +70,12 @@ def _fused(
     return total
 
 
-def _single(term: LiveTerm, own: Outputs, others: Mapping[str, Outputs], batch: Batch) -> Tensor:
+def single_loss(term: LiveTerm, own: Outputs, others: Mapping[str, Outputs], batch: Batch) -> Tensor:
+    """The unweighted value of one term, 0-d.
+
+    Raises:
+        PluginError: the loss gave something else.
+    """
     value = term.module(own, source_of(term, others), batch)
     if isinstance(value, dict):
         value = sum(value.values())

@@ -24,7 +24,8 @@ def preflight(session: Session, inputs: Mapping[str, Mapping[str, Any]]) -> list
     frozen = [session.learners[name] for name in sorted(sources) if not session.learners[name].terms]
     control = session.stage.uses.get(CONTROL)
     floor = None if control is None else inputs[str(control.stage)]["members"][control.member]["monitor_accuracy"]
-    return [text for teacher in frozen if classifies(teacher.module) for text in _judge(session, teacher, inputs, floor)]
+    judged = [_judge(session, teacher, inputs, floor) for teacher in frozen if classifies(teacher.module)]
+    return [text for texts in judged for text in texts]
 
 
 def _judge(session: Session, teacher: Learner, inputs: Mapping[str, Any], control: float | None) -> list[str]:

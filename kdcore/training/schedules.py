@@ -16,7 +16,7 @@ def constant(epoch: float, length: int, options: ConstantOptions) -> float:
 
 
 def cosine(epoch: float, length: int, options: CosineOptions) -> float:
-    """Half a cosine from 1 at the start to ``floor`` at ``length`` (SGDR, Loshchilov & Hutter 2017, without restarts)."""
+    """Half a cosine from 1 to ``floor`` at ``length`` (SGDR without restarts, Loshchilov & Hutter 2017)."""
     share = min(epoch / length, 1.0) if length else 1.0
     return options.floor + (1 - options.floor) * 0.5 * (1 + math.cos(math.pi * share))
 

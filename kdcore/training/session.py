@@ -217,7 +217,7 @@ def _build_term(term: Term, info: Shapes, catalog: Catalog, length: int, stage: 
         torch.manual_seed(_adapter_seed(stage, member, term))
         module: nn.Module = entry.load().build(info, entry.options_class()(**term.options))
     if term.through and hasattr(module, "teacher_grad"):
-        module.teacher_grad = True
+        module.teacher_grad = True  # type: ignore[assignment]
     return LiveTerm(term, module, compile_schedule(as_schedule(term.weight), catalog, length), term.source)
 
 

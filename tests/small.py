@@ -1,0 +1,64 @@
+"""Small runs for tests: a recipe, a host and a runner without a command line."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from kdcore.job import Settings
+from kdcore.plugins import PluginHost, load_plugins
+from kdcore.recipe import load
+from kdcore.runner import Run, make_context
+
+PROOFS = Path(__file__).parent / "proofs" / "proofs.py"
+
+RECIPE: dict[str, Any] = {
+    "seed": 0,
+    "threads": 1,
+    "data": {"name": "digits", "batch_size": 128},
+    "teacher": {"model": "mlp", "size": 2, "width": 32},
+    "student": {"model": "mlp", "size": 1},
+    "train": {"epochs": 2},
+    "objective": [{"loss": "cross_entropy"}, {"loss": "kd"}],
+}
+
+
+class Quiet:
+    """A console that remembers."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def handle(self, event: Any) -> None:
+        self.events.append(dict(event))
+
+    def kinds(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["kind"] == kind]
+
+
+def make_run(
+    root: Path,
+    *,
+    sets: Iterable[str] = (),
+    recipe: dict[str, Any] | None = None,
+    host: PluginHost | None = None,
+    jobs: int = 1,
+    name: str = "run",
+    **settings: Any,
+) -> Run:
+    """A run in ``root/name`` with the store in ``root/store``."""
+    host = host or load_plugins()
+    checked = load(recipe or RECIPE, list(sets))
+    settings = {"store": str(root / "store"), "log_every": 5, **settings}
+    return Run(checked, host, Settings(**settings), root / name, Quiet(), jobs, make_context(host))
+
+
+def weights(root: Path, member: str = "student") -> list[str]:
+    """Hashes of a member's weights in every stored result."""
+    return sorted(file_hash(path) for path in root.glob(f"store/results/*/{member}.safetensors"))
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,28 @@
+"""Runs that are killed end with the weights of a run that was not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def torture(*arguments: str) -> str:
+    command = [sys.executable, "-W", "ignore", str(HERE / "kill.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_resume_after_kill_is_bit_exact():
+    assert torture("3").endswith("3/3\n")
+
+
+@pytest.mark.parametrize("name", ["swap", "two-player", "stream"])
+def test_what_comes_resumes_after_kill_bit_exact(name):
+    recipe, plugin = HERE / "proofs" / f"{name}.toml", HERE / "proofs" / "proofs.py"
+    assert torture("2", "7", str(recipe), str(plugin)).endswith("2/2\n")
