@@ -6,7 +6,7 @@ Importing this package imports neither torch nor pydantic; names are loaded at f
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -30,10 +30,63 @@ _HOME = {name: module for module, names in _EXPORTS.items() for name in names.sp
 __all__ = ["NUMERICS", "__version__", *sorted(_HOME)]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'kdcore' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+if TYPE_CHECKING:  # the same names for type checkers, which would else see Any (a test compares the two)
+    from .data import Batch as Batch
+    from .data import DataInfo as DataInfo
+    from .data import Dataset as Dataset
+    from .data import Random as Random
+    from .data import Source as Source
+    from .data import SourceContext as SourceContext
+    from .data import Split as Split
+    from .errors import DataError as DataError
+    from .errors import DeviceError as DeviceError
+    from .errors import Interrupted as Interrupted
+    from .errors import KdError as KdError
+    from .errors import NumericError as NumericError
+    from .errors import PlanError as PlanError
+    from .errors import PluginError as PluginError
+    from .errors import PreflightError as PreflightError
+    from .errors import RecipeError as RecipeError
+    from .errors import StorageError as StorageError
+    from .errors import suggest as suggest
+    from .hookspecs import HOOKS_VERSION as HOOKS_VERSION
+    from .hookspecs import hookimpl as hookimpl
+    from .options import Field as Field
+    from .options import Options as Options
+    from .plan import Controller as Controller
+    from .plan import Decision as Decision
+    from .plan import Drop as Drop
+    from .plan import Finish as Finish
+    from .plan import Json as Json
+    from .plan import Member as Member
+    from .plan import MemberResult as MemberResult
+    from .plan import ModelRef as ModelRef
+    from .plan import OptimizerSpec as OptimizerSpec
+    from .plan import Outcome as Outcome
+    from .plan import Plan as Plan
+    from .plan import Result as Result
+    from .plan import ResultRef as ResultRef
+    from .plan import RunView as RunView
+    from .plan import Schedule as Schedule
+    from .plan import Set as Set
+    from .plan import SourceSpec as SourceSpec
+    from .plan import Spec as Spec
+    from .plan import Stage as Stage
+    from .plan import Strategy as Strategy
+    from .plan import Term as Term
+    from .plan import TickView as TickView
+    from .plan import labels_alone as labels_alone
+    from .registry import Registrar as Registrar
+    from .seeds import derive as derive
+    from .training import Loss as Loss
+    from .training import Outputs as Outputs
+    from .training import StepContext as StepContext
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'kdcore' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

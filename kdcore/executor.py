@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +24,7 @@ from .registry import Catalog
 from .store import Store
 
 TRIES = 3
+PATIENCE = 60.0  # seconds in which an interrupted stage must have written its checkpoint
 
 
 class Executor(Protocol):
@@ -73,12 +76,13 @@ def perform(job: Job, context: Context, emit: Emit) -> dict[str, Any]:
     def send(event: Any) -> None:
         emit({**event, "key": job.key, "name": job.name})
 
-    def waiting(holder: str) -> None:
+    def check(holder: str = "") -> None:
         if signal_number := context.stopped():
             raise Interrupted(signal_number)
 
+    check()  # a signal that came at the end of another stage: do not begin this one
     store = Store(job.settings.store, lambda text: send({"kind": "warning", "text": text}))
-    with store.lease(job.key, waiting):
+    with store.lease(job.key, check):
         found = store.result(job.key)
         if found is not None:
             return {**found, "reused": True}
@@ -90,7 +94,7 @@ class LocalExecutor:
 
     Options = Options
 
-    def __init__(self, options: Options, context: Context, jobs: int) -> None:
+    def __init__(self, options: Any, context: Context, jobs: int) -> None:
         self.context, self.jobs = context, jobs
 
     def execute(self, jobs: Sequence[Job], emit: Emit) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -151,8 +155,9 @@ class _Pool:
             todo.remove(job)
             worker.job = job
             assert worker.process.stdin is not None
-            worker.process.stdin.write(job.to_text() + "\n")
-            worker.process.stdin.flush()
+            with suppress(OSError):  # it died: the end of its output will say so, and the job is tried again
+                worker.process.stdin.write(job.to_text() + "\n")
+                worker.process.stdin.flush()
 
     def _idle(self, job: Job) -> _Worker | None:
         for worker in self.workers:
@@ -161,37 +166,44 @@ class _Pool:
         if len(self.workers) == self.size:
             return None
         worker = _Worker(_spawn(job.settings.threads))
-        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
         self.workers.append(worker)
+        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
         return worker
 
     def _listen(self, worker: _Worker) -> None:
         assert worker.process.stdout is not None
-        for line in worker.process.stdout:
-            self.messages.put((worker, json.loads(line)))
+        with worker.process.stdout as lines, suppress(ValueError):  # a line that a kill cut is not JSON
+            for line in lines:
+                self.messages.put((worker, json.loads(line)))
         self.messages.put((worker, None))
 
     def _receive(self, todo: list[Job]) -> Iterator[tuple[str, dict[str, Any]]]:
         if signal_number := self.stopped():
             raise Interrupted(signal_number)
-        try:
-            worker, message = self.messages.get(timeout=0.1)
-        except queue.Empty:
-            return
+        worker, message = self._next()
+        if worker not in self.workers:
+            return  # the last words of one that is buried
         if message is None:
-            self._buried(worker, todo)
+            self._bury(worker, todo)
         elif message["kind"] == "result":
             assert worker.job is not None
             key, worker.job = worker.job.key, None
             yield key, message["result"]
         elif message["kind"] == "error":
+            worker.job = None
             raise _error(message)
         else:
             self.emit(message)
 
-    def _buried(self, worker: _Worker, todo: list[Job]) -> None:
+    def _next(self) -> tuple[_Worker | None, dict[str, Any] | None]:
+        try:
+            return self.messages.get(timeout=0.1)
+        except queue.Empty:  # a process that the worker forked may outlive it and keep its output open
+            return next((worker for worker in self.workers if worker.process.poll() is not None), None), None
+
+    def _bury(self, worker: _Worker, todo: list[Job]) -> None:
         self.workers.remove(worker)
-        code = worker.process.wait()
+        code = _end(worker.process, time.monotonic() + 5)
         if worker.job is None:
             return
         job = worker.job
@@ -204,31 +216,51 @@ class _Pool:
         todo.insert(0, job)
 
     def _close(self) -> None:
-        """Stops what still runs; a stage that was interrupted leaves a checkpoint."""
+        """Ends the workers; a stage that is interrupted by that leaves a checkpoint."""
         for worker in self.workers:
-            assert worker.process.stdin is not None
             if worker.job is not None:
                 worker.process.send_signal(signal.SIGTERM)
             else:
-                worker.process.stdin.close()
+                _hang_up(worker.process)
+        deadline = time.monotonic() + PATIENCE
         for worker in self.workers:
-            try:
-                worker.process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
+            _end(worker.process, deadline)
+        self.workers.clear()
 
 
 def _spawn(threads: int) -> subprocess.Popen[str]:
     # idle OpenMP threads that spin would steal the cores of the other workers
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "kdcore.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,  # Ctrl-C reaches the driver alone, which then stops its workers in order
-    )
+    # the driver's own path: with -m, a file like queue.py in the working folder would hide the real one
+    program = f"import sys; sys.path[:] = {sys.path!r}; from kdcore.worker import main; main()"
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the driver alone, which then stops its workers in order
+        )
+    except OSError as error:
+        raise DeviceError(f"cannot start a worker: {error}", where="execute", fix="Lower --jobs.") from error
+
+
+def _end(process: subprocess.Popen[str], deadline: float) -> int:
+    """Waits for the end of a worker, and makes it end at the deadline; returns its exit code."""
+    try:
+        return process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+    finally:
+        _hang_up(process)
+
+
+def _hang_up(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    with suppress(OSError):  # a dead worker cannot take what is left in the buffer
+        process.stdin.close()
 
 
 def _error(message: dict[str, Any]) -> Exception:

@@ -1,56 +1,28 @@
-"""Durable writes: the only three ways in which kdcore changes a file that it will read again."""
+"""Durable changes: the only ways in which kdcore changes a file or folder that it will read again."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import StorageError
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Writes and fsyncs a new file.
+@contextmanager
+def storing(path: Path, size: int = 0) -> Iterator[None]:
+    """Errors of the operating system leave the block as :class:`StorageError`.
 
-    Raises:
-        StorageError: names the path and the bytes that were needed, e.g. when the disk is full.
+    Args:
+        path: what the person who reads the error knows: the final name, not a temporary one.
+        size: bytes that were to be written, 0 if that does not matter.
     """
     try:
-        with open(path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield
     except OSError as error:
-        raise storage_error(error, path, len(data)) from error
-
-
-def rename(old: Path, new: Path) -> None:
-    """Renames within a file system and makes the new name durable."""
-    try:
-        os.rename(old, new)
-        sync_folder(new.parent)
-    except OSError as error:
-        raise storage_error(error, new, 0) from error
-
-
-def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Replaces a file: a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        write_file(temporary, data)
-        rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        raise storage_error(error, path, size) from error
 
 
 def storage_error(error: OSError, path: Path, size: int) -> StorageError:
@@ -59,3 +31,64 @@ def storage_error(error: OSError, path: Path, size: int) -> StorageError:
     return StorageError(
         f"{error.strerror or error}{need}", where=str(path), fix="Make room or mend it, then run again."
     )
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes and fsyncs a new file."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rename(old: Path, new: Path) -> None:
+    """Renames within a file system and makes the new name durable."""
+    os.rename(old, new)
+    sync(new.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes the content of a file, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents durably: what is committed in it cannot vanish with its name in a power cut."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder as far as possible; its name goes at once, so that a kill leaves no half folder under it."""
+    doomed = path
+    if not path.name.startswith(".tmp-"):
+        doomed = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        try:
+            os.rename(path, doomed)
+        except OSError:
+            return  # gone already, or not ours to remove
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replaces a file: a reader sees the old content or the new, never a part.
+
+    Raises:
+        StorageError: names the path and the bytes that were needed, e.g. when the disk is full.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with storing(path, len(data)):
+            make_folder(path.parent)
+            write_file(temporary, data)
+            rename(temporary, path)
+    except BaseException:
+        with storing(path):
+            temporary.unlink(missing_ok=True)
+        raise

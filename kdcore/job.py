@@ -17,7 +17,8 @@ Emit: TypeAlias = Callable[[Event], None]
 @dataclass(frozen=True)
 class Settings:
     """How stages of a run are executed. ``device``, ``threads``, ``precision`` and ``channels_last`` change bits, so
-    they are part of a stage's key; the rest is not."""
+    they are part of a stage's key; the rest is not.
+    """
 
     store: str
     device: str = "cpu"

@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic import Field as Field
 
 from .errors import RecipeError, suggest
 
+LONGEST_VALUE = 60
+SCALARS = ("bool", "int", "float", "str")
 
-class Options(BaseModel):
+
+def _make_scalars_strict(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") in SCALARS:
+            schema.setdefault("strict", True)
+        for key, part in schema.items():
+            if key != "metadata":
+                _make_scalars_strict(part)
+    elif isinstance(schema, list | tuple):
+        for part in schema:
+            _make_scalars_strict(part)
+
+
+class Plain(BaseModel):
+    """Base of everything a recipe holds: frozen, finite, and a number is neither ``true`` nor ``"5"``."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        # pydantic's strict mode would refuse lists for tuples too, which is all that TOML has
+        schema = handler(source)
+        _make_scalars_strict(schema)
+        return schema
+
+
+class Options(Plain):
     """Base of every options class: frozen, and an unknown key is an error with a did-you-mean."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid")
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -38,24 +66,70 @@ def validate(model: type[Model], data: Mapping[str, Any], where: str = "", also:
         raise _first(error, model, where, also) from None
 
 
+def shown(value: Any) -> str:
+    """A value as a recipe writes it, cut to a readable length."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
 def _first(error: ValidationError, model: type[BaseModel], where: str, also: Iterable[str]) -> RecipeError:
     # an unknown key explains a missing one, so it comes first
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     problem = problems[0]
-    loc = [part for part in problem["loc"] if not _is_tag(part)]
-    path = _path(where, loc)
+    loc = _clean(problem["loc"], model)
     if problem["type"] == "extra_forbidden":
-        owner = _owner(model, loc[:-1])
-        return RecipeError("unknown key", where=path, fix=suggest(str(loc[-1]), [*_keys(owner), *also]))
+        loc = [*_clean(problem["loc"][:-1], model), problem["loc"][-1]]
+        return RecipeError("unknown key", where=_path(where, loc), fix=_meant(model, loc, also))
+    path = _path(where, loc)
     if problem["type"] == "missing":
         return RecipeError("missing", where=path, fix=_describe(model, loc) or "Give it a value.")
-    message = problem["msg"].removeprefix("Value error, ")
-    value = "" if problem["type"] == "value_error" and not loc else f"{problem['input']!r}: "
-    return RecipeError(f"{value}{message}", where=path, fix=_describe(model, loc))
+    what = _what(problem["type"], problem.get("ctx", {}), problem["msg"])
+    fitting = what if not loc and problem["type"] == "value_error" else f"{shown(problem['input'])} {what}"
+    return RecipeError(fitting, where=path, fix=_describe(model, loc))
 
 
-def _is_tag(part: str | int) -> bool:
-    return isinstance(part, str) and ("[" in part or part in {"str", "float", "int", "bool"})
+# pydantic's error type -> what a person reads after the value
+_TEXTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "greater_than": lambda c: f"is not above {_bound(c['gt'])}",
+    "greater_than_equal": lambda c: f"is below {_bound(c['ge'])}",
+    "less_than": lambda c: f"is not below {_bound(c['lt'])}",
+    "less_than_equal": lambda c: f"is above {_bound(c['le'])}",
+    "finite_number": lambda c: "is not finite",
+    "literal_error": lambda c: f"is not {c['expected']}",
+    "string_pattern_mismatch": lambda c: "does not fit",
+    "string_too_short": lambda c: "is too short",
+    "too_short": lambda c: f"has {c['actual_length']} items, fewer than {c['min_length']}",
+    "too_long": lambda c: f"has more than {c['max_length']} items",
+}
+_TYPES = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list",
+    "list": "a list", "set": "a list", "dict": "a table", "model": "a table",
+}  # fmt: skip
+
+
+def _bound(value: float) -> str:
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def _what(kind: str, context: Mapping[str, Any], message: str) -> str:
+    if kind in _TEXTS:
+        return _TEXTS[kind](context)
+    family, _, rest = kind.partition("_")
+    if family in _TYPES and rest in {"type", "parsing", "from_float", "attributes_type"}:
+        return f"is not {_TYPES[family]}"
+    return f"does not fit: {message.removeprefix('Value error, ')}"
+
+
+def _clean(loc: tuple[str | int, ...], model: type[BaseModel]) -> list[str | int]:
+    """The path of a key: pydantic puts the tried type after a key whose type is a union."""
+    path: list[str | int] = []
+    for part in loc:
+        known = part in _owner(model, path).model_fields
+        if isinstance(part, int) or known or not ("[" in part or "-" in part or part in SCALARS):
+            path.append(part)
+    return path
 
 
 def _path(where: str, loc: list[str | int]) -> str:
@@ -63,6 +137,23 @@ def _path(where: str, loc: list[str | int]) -> str:
     for part in loc:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
+
+
+def _meant(model: type[BaseModel], loc: list[str | int], also: Iterable[str]) -> str:
+    """What may have been meant by an unknown key: a similar one here, or the same one in another table."""
+    key, known = str(loc[-1]), [*_keys(_owner(model, loc[:-1])), *also]
+    text = suggest(key, known) if known else "It takes no options."
+    places = [] if text.startswith("Did") else list(_places(model, key))
+    return f"Write it as {' or '.join(places)}." if places else text
+
+
+def _places(model: type[BaseModel], key: str) -> Iterable[str]:
+    for name, field in model.model_fields.items():
+        inner = _inner_model(field.annotation)
+        if name == key:
+            yield name
+        elif inner is not None and key in inner.model_fields and key != "name":
+            yield f"{name}.{key}"
 
 
 def _owner(model: type[BaseModel], loc: list[str | int]) -> type[BaseModel]:
@@ -90,8 +181,9 @@ def _keys(model: type[BaseModel]) -> list[str]:
 
 
 def _describe(model: type[BaseModel], loc: list[str | int]) -> str:
-    names = [part for part in loc if isinstance(part, str)]
-    if not names:
+    """What to write at ``loc``: the description of its key, or of the list that it is an item of."""
+    last = max((i for i, part in enumerate(loc) if isinstance(part, str)), default=None)
+    if last is None:
         return ""
-    field = _owner(model, list(loc[:-1])).model_fields.get(names[-1])
+    field = _owner(model, loc[:last]).model_fields.get(str(loc[last]))
     return f"Write {field.description}." if field and field.description else ""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
+import copy
+import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from functools import partial
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,9 +19,10 @@ import pluggy
 
 from . import hookspecs
 from .errors import PluginError, RecipeError, suggest
-from .registry import Catalog, Origin, Registrar
+from .finding import describe, installed, load_file, owner, place_of, reason, roots
+from .origin import Origin, blame_by_traceback
+from .registry import Catalog, Registrar
 
-GROUP = "kdcore"
 CORE = "core"
 
 
@@ -32,7 +35,13 @@ class PluginHost:
     origins: dict[str, Origin] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     muted: dict[str, str] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
     strict: bool = False
+
+    def leaves_out(self, name: str, blocked: set[str]) -> bool:
+        """True if ``name`` is blocked, which is noted for errors about names that nobody knows."""
+        self.left_out |= {name} & blocked
+        return name in blocked
 
     def emit(self, hook: str, **arguments: Any) -> None:
         """Calls an observer hook of every plugin. One that raises is muted, or fatal under ``strict``."""
@@ -40,32 +49,56 @@ class PluginHost:
             if impl.plugin_name in self.muted:
                 continue
             try:
-                impl.function(*(arguments[name] for name in impl.argnames))
-            except Exception as error:
-                origin = self.origins[impl.plugin_name]
-                message = f"{hook} raised {type(error).__name__}: {error}"
-                if self.strict:
-                    raise PluginError(message, where=f"plugin {origin}") from error
-                self.muted[impl.plugin_name] = message
-                print(f"kdcore: plugin {origin}: {message}; it is muted for this run", file=sys.stderr)
+                # a copy, so that no observer changes what is stored or what the next one sees
+                impl.function(*(copy.deepcopy(arguments[name]) for name in impl.argnames))
+            except (Exception, SystemExit) as error:
+                self._mute(impl.plugin_name, hook, error)
+
+    def _mute(self, plugin: str, hook: str, error: BaseException) -> None:
+        origin = self.origins[plugin]
+        message = f"{hook} raised {type(error).__name__}: {error}{place_of(error)}"
+        if self.strict:
+            fix = f"Leave out --strict-plugins, or the plugin: -p no:{plugin}."
+            raise PluginError(message, where=f"plugin {origin}", fix=fix) from error
+        self.muted[plugin] = message
+        print(f"kdcore: plugin {origin}: {message}; it is muted for this run", file=sys.stderr)
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """Notes on any exception that leaves the block which plugin's code raised it, if one did."""
+        try:
+            yield
+        except Exception as error:
+            blame_by_traceback(error, self.origins.values())
+            raise
+        except SystemExit as error:  # else a plugin could end a run half done, and with exit code 0
+            ended = PluginError(f"it called sys.exit({error.code!r}){place_of(error)}", where="a plugin")
+            raise ended from error
 
     def require(self, requirements: Iterable[str]) -> None:
         """Checks ``[plugins] require = ["name>=1.2"]``: a plugin or distribution by name, with an optional version."""
-        from packaging.requirements import InvalidRequirement, Requirement
+        for number, text in enumerate(requirements):
+            self._require(text, f"plugins.require[{number}]")
 
-        for text in requirements:
-            try:
-                wanted = Requirement(text)
-            except InvalidRequirement as error:
-                raise RecipeError(f"{text!r}: {error}", where="plugins.require", fix='Write "name>=1.2".') from None
-            if wanted.name in self.broken:
-                raise PluginError(self.broken[wanted.name], where=f"plugin {wanted.name!r}")
-            found = [o for o in self.origins.values() if wanted.name in (o.plugin, o.distribution)]
-            if not found:
-                known = [*self.origins, *(o.distribution for o in self.origins.values() if o.distribution)]
-                raise PluginError(f"{text!r} is not installed", where="plugins.require", fix=suggest(wanted.name, known))
-            if not wanted.specifier.contains(found[0].version or "0", prereleases=True):
-                raise PluginError(f"{text!r} is required, {found[0]} is installed", where="plugins.require")
+    def _require(self, text: str, where: str) -> None:
+        from packaging.requirements import InvalidRequirement, Requirement
+        from packaging.utils import canonicalize_name as plain
+
+        try:
+            wanted = Requirement(text)
+        except InvalidRequirement:
+            raise RecipeError(f"{text!r} is no requirement", where=where, fix='Write "name" or "name>=1.2".') from None
+        name = plain(wanted.name)
+        found = [o for o in self.origins.values() if name in (plain(o.plugin), plain(o.distribution))]
+        if not found and wanted.name in self.broken:
+            raise PluginError(f"a broken plugin: {self.broken[wanted.name]}", where=where, fix="Repair or update it.")
+        if not found:
+            known = [*self.origins, *(o.distribution for o in self.origins.values() if o.distribution)]
+            fix = f"Install it, or give its file with --plugin-file. {suggest(wanted.name, known)}"
+            raise PluginError(f"{text!r} is not installed", where=where, fix=fix)
+        if not wanted.specifier.contains(found[0].version or "0", prereleases=True):
+            have = found[0] if found[0].version else f"{found[0]} without a version"
+            raise PluginError(f"{text!r} is required, {have} is installed", where=where, fix="Install another version.")
 
 
 def load_plugins(block: Iterable[str] = (), files: Iterable[str | Path] = (), strict: bool = False) -> PluginHost:
@@ -83,106 +116,88 @@ def load_plugins(block: Iterable[str] = (), files: Iterable[str | Path] = (), st
     host = PluginHost(manager, Catalog(), strict=strict)
     blocked = set(block)
     _register(host, Origin(CORE), builtin)
-    for name, points in sorted(_installed().items()):
-        if name not in blocked:
-            _attempt(host, name, lambda points=points: _load_entry_point(points))
-    for file in map(Path, files):
-        if file.stem not in blocked:
-            _attempt(host, file.stem, lambda file=file: _load_file(file))
-    host.catalog.broken = host.broken
+    for name, points in sorted(installed(host.broken).items()):
+        if not host.leaves_out(name, blocked):
+            _attempt(host, Origin(name, *_distribution(points)), partial(_load_entry_point, points))
+    for file in dict.fromkeys(Path(file).resolve() for file in files):
+        if not host.leaves_out(file.stem, blocked):
+            _attempt(host, Origin(file.stem), partial(load_file, file), str(file))
+    host.catalog.broken, host.catalog.left_out = host.broken, host.left_out
     return host
 
 
-def _installed() -> dict[str, list[EntryPoint]]:
-    found: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=GROUP):
-        same = found.setdefault(point.name, [])
-        if not any(point.value == p.value and _dist(point) == _dist(p) for p in same):
-            same.append(point)
-    return found
+def _distribution(points: list[EntryPoint]) -> tuple[str, str]:
+    return owner(points[0]) if len(points) == 1 else ("", "")
 
 
-def _dist(point: EntryPoint) -> tuple[str, str]:
-    return (point.dist.name, point.dist.version) if point.dist else ("", "")
-
-
-def _attempt(host: PluginHost, name: str, load: Callable[[], tuple[Origin, ModuleType]]) -> None:
+def _attempt(host: PluginHost, origin: Origin, load: Callable[[], ModuleType], place: str = "") -> None:
     """Loads one plugin; whatever it raises, even SystemExit, only breaks that plugin."""
-    origin = Origin(name)
+    name, module = origin.plugin, None
     try:
-        origin, module = load()
-        if name in host.origins:
-            raise PluginError(f"the name is taken by {host.origins[name]}", fix=f"Rename one, or -p no:{name}.")
-        _register(host, origin, module)
+        with redirect_stdout(sys.stderr):  # what a plugin prints is no part of a command's output
+            if name in host.origins:
+                raise PluginError(f"its name is taken by {host.origins[name]}", fix="Rename one of them.")
+            module = load()
+            _register(host, origin, module)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         if name not in host.origins and host.manager.has_plugin(name):
             host.manager.unregister(name=name)
-        host.broken[name] = f"{origin}: {_reason(error)}"
+        key = name if name not in host.origins else f"{origin} {place}".strip()
+        host.broken[key] = f"{origin}: {reason(error, place or getattr(module, '__file__', None) or '')}"
 
 
-def _reason(error: BaseException) -> str:
-    frames = [f for f in inspect.getinnerframes(error.__traceback__)] if error.__traceback__ else []
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    text = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}{place}"
-    return re.sub(r"\s+", " ", text)
-
-
-def _load_entry_point(points: list[EntryPoint]) -> tuple[Origin, ModuleType]:
+def _load_entry_point(points: list[EntryPoint]) -> ModuleType:
     if len(points) > 1:
-        owners = " and ".join(sorted(f"{name} {version}" for name, version in map(_dist, points)))
+        owners = " and ".join(sorted(" ".join(owner(point)) for point in points))
         raise PluginError(f"offered by {owners}", fix=f"Uninstall one, or -p no:{points[0].name}.")
-    point = points[0]
-    module = point.load()
-    distribution, version = _dist(point)
-    return Origin(point.name, distribution, version, _files(module)), module
-
-
-def _load_file(file: Path) -> tuple[Origin, ModuleType]:
-    if not file.is_file():
-        raise PluginError("no such file", where=str(file))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise PluginError("not a Python file", where=str(file))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # so that "stem:Name" targets resolve
-    spec.loader.exec_module(module)
-    return Origin(file.stem, files=file.resolve()), module
-
-
-def _files(module: ModuleType) -> Path | None:
-    file = getattr(module, "__file__", None)
-    if file is None:
-        return None
-    path = Path(file).resolve()
-    return path.parent if path.name == "__init__.py" else path
+    found = points[0].load()
+    if not isinstance(found, ModuleType):
+        fix = f"Name a module that implements hooks: {points[0].name} = {points[0].module!r}."
+        raise PluginError(f"its entry point {points[0].value!r} names {describe(found)}", fix=fix)
+    return found
 
 
 def _register(host: PluginHost, origin: Origin, module: ModuleType) -> None:
-    _check_module(module)
+    _check_version(module)
+    _check_hooks(module)
     host.manager.register(module, origin.plugin)
-    _check_names(module)
     registrar = Registrar(origin)
     for impl in host.manager.hook.kdcore_register.get_hookimpls():
         if impl.plugin_name == origin.plugin:
-            impl.function(registrar)
+            impl.function(*[registrar for _ in impl.argnames])
+    origin = dataclasses.replace(origin, files=roots(module, registrar.entries))
     for entry in registrar.entries:
-        host.catalog.add(entry)
+        host.catalog.add(dataclasses.replace(entry, origin=origin))
     host.origins[origin.plugin] = origin
 
 
-def _check_module(module: Any) -> None:
-    if not isinstance(module, ModuleType):
-        raise PluginError(f"the entry point names {module!r}", fix="Name a module that implements hooks.")
+def _check_version(module: ModuleType) -> None:
     wanted = getattr(module, "KDCORE_HOOKS", hookspecs.HOOKS_VERSION)
-    if not isinstance(wanted, int) or wanted > hookspecs.HOOKS_VERSION:
-        raise PluginError(f"needs kdcore hooks {wanted}, this is {hookspecs.HOOKS_VERSION}", fix="Upgrade kdcore.")
+    if not isinstance(wanted, int):
+        raise PluginError(f"KDCORE_HOOKS is {wanted!r}", fix=f"Write KDCORE_HOOKS = {hookspecs.HOOKS_VERSION}.")
+    if wanted > hookspecs.HOOKS_VERSION:
+        raise PluginError(f"it needs kdcore hooks {wanted}, this is {hookspecs.HOOKS_VERSION}", fix="Upgrade kdcore.")
 
 
-def _check_names(module: ModuleType) -> None:
-    """A function marked as a hook whose name is none is a typo that pluggy would pass over."""
-    known = [name for name in vars(hookspecs) if name.startswith("kdcore_")]
+def _check_hooks(module: ModuleType) -> None:
+    """Finds what pluggy would pass over in silence: a misspelt hook, a forgotten decorator, a wrapper."""
+    known = [name for name in vars(hookspecs) if re.match(r"kdcore_\w+$", name)]
+    marked = 0
     for name, value in vars(module).items():
-        if getattr(value, "kdcore_impl", None) is not None and name not in known:
-            raise PluginError(f"{name!r} is no hook", fix=suggest(name, known))
+        options = getattr(value, "kdcore_impl", None)
+        if isinstance(options, dict):
+            marked += 1
+            _check_hook(options.get("specname") or name, options, known)
+        elif name in known and callable(value):
+            raise PluginError(f"{name} is not marked as a hook", fix="Write @kdcore.hookimpl above it.")
+    if not marked:
+        raise PluginError("it implements no hook", fix="Write @kdcore.hookimpl above def kdcore_register(registry).")
+
+
+def _check_hook(name: str, options: dict[str, Any], known: list[str]) -> None:
+    if options.get("wrapper") or options.get("hookwrapper"):
+        raise PluginError(f"{name} is a wrapper; kdcore calls plain hooks alone", fix="Write @kdcore.hookimpl.")
+    if name not in known and not options.get("optionalhook"):
+        raise PluginError(f"{name!r} is no hook", fix=suggest(name, known))

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import ConfigDict, model_validator
 
 from .errors import RecipeError
-from .options import Field, Options, validate
+from .options import Field, Options, Plain, validate
+from .overrides import override, read
 from .plan import Json, ModelRef, OptimizerSpec, RunView, Schedule, SourceSpec, Spec, Stage, Term
 from .registry import Catalog, Entry
 
 
-class Table(BaseModel):
+class Table(Plain):
     """A table whose further keys are options of the thing it names."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
     name_key: ClassVar[str] = "name"
 
     @property
@@ -30,7 +30,7 @@ class Table(BaseModel):
 class Named(Table):
     """``"cosine"``, or ``{ name = "step", milestones = [30, 60] }``."""
 
-    name: str = Field(description='a name, or { name = "...", key = value }')
+    name: str = Field(description="a name that `kdcore plugins` lists")
 
     @model_validator(mode="before")
     @classmethod
@@ -57,12 +57,12 @@ class DataTable(Table):
     name: str = Field(description='a data set, e.g. "digits"')
     batch_size: int = Field(128, ge=1, description="a number of samples from 1")
     monitor: float = Field(0.1, gt=0, lt=1, description="the share of training data held out for decisions, e.g. 0.1")
-    split_seed: int = Field(0, ge=0, description="a seed from 0")
+    split_seed: int = Field(0, ge=0, lt=2**63, description="a seed from 0")
     drop_last: bool | None = Field(None, description="true or false")
     shift: int = Field(0, ge=0, description="pixels of random translation, e.g. 1 (CIFAR: 4)")
     flip: bool = Field(False, description="true or false")
-    transforms: tuple[Named, ...] = Field((), description="a list of names")
-    source: Named = Named(name="epochs")
+    transforms: tuple[Named, ...] = Field((), description='a list like ["flip", { name = "shift", pixels = 1 }]')
+    source: Named = Field(Named(name="epochs"), description='a name, e.g. "epochs"')
 
 
 class TrainTable(Options):
@@ -70,8 +70,8 @@ class TrainTable(Options):
 
     epochs: int = Field(30, ge=1, description="a number of epochs from 1")
     lr: float = Field(0.05, gt=0, description="a learning rate above 0")
-    optimizer: Named = Named(name="sgd")
-    schedule: Named = Named(name="cosine")
+    optimizer: Named = Field(Named(name="sgd"), description='"sgd", or { name = "sgd", momentum = 0.9 }')
+    schedule: Named = Field(Named(name="cosine"), description='"cosine", or { name = "step", milestones = [30, 60] }')
     warmup_epochs: float = Field(0, ge=0, description="epochs of linear warm-up, from 0")
     clip: float | None = Field(None, gt=0, description="the largest gradient norm")
     keep: Literal["last", "best"] = Field("last", description='"last", or "best" (on the monitor split)')
@@ -83,7 +83,7 @@ class ObjectiveTable(Table):
 
     name_key: ClassVar[str] = "loss"
     loss: str = Field(description='a loss, e.g. "dkd"')
-    name: str = Field("", description="a name for knobs and curves")
+    name: str = Field("", pattern=r"^[a-z0-9_-]*$", description="a name for knobs and curves, of a-z, 0-9, - and _")
     weight: float = Field(1.0, ge=0, description="a weight from 0")
     warmup_epochs: float = Field(0, ge=0, description="epochs over which the weight grows, from 0")
 
@@ -91,7 +91,7 @@ class ObjectiveTable(Table):
 class ExecuteTable(Table):
     """Where stages run."""
 
-    name: str = "local"
+    name: str = Field("local", description='an executor, e.g. "local"')
     jobs: int = Field(1, ge=1, description="how many stages may run at once, from 1")
     log_every: int = Field(50, ge=1, description="steps between two log points")
     checkpoint_seconds: float = Field(20, ge=0, description="seconds between checkpoints; 0 for every epoch")
@@ -112,20 +112,26 @@ DEFAULT_OBJECTIVE = (
 class Recipe(Options):
     """A whole recipe."""
 
-    seed: int = Field(0, ge=0, description="a seed from 0")
+    seed: int = Field(0, ge=0, lt=2**63, description="a seed from 0")
     threads: int | None = Field(None, ge=1, description="CPU threads of a stage, from 1")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description='"auto", "cpu", "cuda" or "cuda:1"')
     precision: Literal["float32", "bfloat16"] = Field("float32", description='"float32" or "bfloat16" (autocast)')
-    channels_last: bool = False
+    channels_last: bool = Field(False, description="true or false")
     data: DataTable = Field(description='a data set, e.g. data = { name = "digits" }')
     teacher: ModelTable = Field(description='a model, e.g. teacher = { model = "cnn", size = 3 }')
     student: ModelTable = Field(description='a model, e.g. student = { model = "mlp", size = 2 }')
-    train: TrainTable = TrainTable()
-    objective: tuple[ObjectiveTable, ...] = Field(DEFAULT_OBJECTIVE, min_length=1, description="[[objective]] tables")
-    strategy: Named = Named(name="distill")
-    controller: tuple[Named, ...] = ()
-    execute: ExecuteTable = ExecuteTable()
-    plugins: PluginsTable = PluginsTable()
+    train: TrainTable = Field(TrainTable(), description="a table, e.g. train = { epochs = 30, lr = 0.05 }")
+    objective: tuple[ObjectiveTable, ...] = Field(
+        DEFAULT_OBJECTIVE, min_length=1, description='a list of tables, e.g. [[objective]] and below it loss = "kd"'
+    )
+    strategy: Named = Field(
+        Named(name="distill"), description='a strategy, e.g. [strategy] and below it name = "distill"'
+    )
+    controller: tuple[Named, ...] = Field(
+        (), description='a list of tables, e.g. [[controller]] and below it name = "dskd"'
+    )
+    execute: ExecuteTable = Field(ExecuteTable(), description="a table, e.g. execute = { jobs = 2 }")
+    plugins: PluginsTable = Field(PluginsTable(), description='a table, e.g. plugins = { require = ["acme>=1.0"] }')
 
 
 def load(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
@@ -138,48 +144,10 @@ def load(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Re
     Raises:
         RecipeError: names the key's path, the value and what to write.
     """
-    data = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    data = dict(source) if isinstance(source, Mapping) else read(Path(source))
     for text in sets:
-        data = _override(data, text)
+        data = override(data, text)
     return validate(Recipe, data)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError("no such file", where=str(path), fix="Give the path of a .toml recipe.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(str(error), where=str(path)) from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"not TOML: {error}", where=str(path)) from None
-
-
-def _override(data: Any, text: str) -> Any:
-    path, equals, value = text.partition("=")
-    if not equals or not path.strip():
-        raise RecipeError(f"{text!r} sets nothing", where="--set", fix="Write --set train.epochs=5.")
-    keys = path.strip().replace("[", ".").replace("]", "").split(".")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    return _replaced(data, keys, parsed, path)
-
-
-def _replaced(data: Any, keys: list[str], value: Any, path: str) -> Any:
-    if not keys:
-        return value
-    key, rest = keys[0], keys[1:]
-    if isinstance(data, list):
-        if not key.isdigit() or int(key) >= len(data):
-            raise RecipeError(f"{key!r} is no item of a list of {len(data)}", where=f"--set {path}", fix="Count from 0.")
-        copy = list(data)
-        copy[int(key)] = _replaced(copy[int(key)], rest, value, path)
-        return copy
-    if not isinstance(data, Mapping | None):
-        raise RecipeError(f"{data!r} is not a table, so it has no {key!r}", where=f"--set {path}")
-    return {**(data or {}), key: _replaced((data or {}).get(key), rest, value, path)}
 
 
 def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
@@ -189,7 +157,7 @@ def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
         RecipeError: an unknown name or a bad option, with its path.
         PluginError: a name that only a broken plugin offers.
     """
-    objective = tuple(_term(t, catalog, f"objective[{i}]") for i, t in enumerate(recipe.objective))
+    objective = _objective(recipe.objective, catalog)
     optimizer = _optimizer(recipe.train, catalog, "train")
     teacher_train = _teacher_train(recipe.train)
     view = RunView(
@@ -206,7 +174,7 @@ def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
         teacher_optimizer=_optimizer(teacher_train, catalog, "train.teacher"),
         controllers=tuple(_spec("controller", t, catalog, f"controller[{i}]") for i, t in enumerate(recipe.controller)),
         prepare=_prepare(catalog),
-        model=lambda table: _model(validate(ModelTable, table, "strategy"), catalog, "strategy"),
+        model=lambda table: _strategy_model(table, recipe.strategy, catalog),
     )
     _spec("executor", recipe.execute, catalog, "execute")
     return view, _spec("strategy", recipe.strategy, catalog, "strategy")
@@ -230,6 +198,31 @@ def _model(table: ModelTable, catalog: Catalog, where: str) -> ModelRef:
     return ModelRef(spec.name, spec.options, table.weights)
 
 
+def _strategy_model(table: Mapping[str, Json], strategy: Named, catalog: Catalog) -> ModelRef:
+    """The model that a strategy made of a table; an error names the key of the strategy's options that holds it."""
+    where = _find(table, strategy.extras, "strategy") or "strategy"
+    return _model(validate(ModelTable, table, where), catalog, where)
+
+
+def _find(wanted: Any, data: Any, where: str) -> str:
+    if data == wanted:
+        return where
+    items = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, list | tuple) else ()
+    paths = (_find(wanted, v, f"{where}[{k}]" if isinstance(k, int) else f"{where}.{k}") for k, v in items)
+    return next(filter(None, paths), "")
+
+
+def _objective(tables: Sequence[ObjectiveTable], catalog: Catalog) -> tuple[Term, ...]:
+    terms = tuple(_term(t, catalog, f"objective[{i}]") for i, t in enumerate(tables))
+    labels = [term.label for term in terms]
+    for i, label in enumerate(labels):  # knobs and curves go by label; "loss" is the sum's
+        if label in labels[:i] or label == "loss":
+            taken = f"objective[{labels.index(label)}]'s" if label in labels[:i] else "the sum's"
+            fix = 'Give this one another: name = "...".'
+            raise RecipeError(f"the name {label!r} is {taken}", where=f"objective[{i}].name", fix=fix)
+    return terms
+
+
 def _term(table: ObjectiveTable, catalog: Catalog, where: str) -> Term:
     entry = catalog.find("loss", table.loss, f"{where}.loss")
     options = _options(entry, table, where)
@@ -250,27 +243,35 @@ def _optimizer(train: TrainTable, catalog: Catalog, where: str) -> OptimizerSpec
 
 
 def _teacher_train(train: TrainTable) -> TrainTable:
-    own = {key: getattr(train, key) for key in TrainTable.model_fields if key != "teacher"}
-    return validate(TrainTable, {**own, **train.teacher}, "train.teacher")
+    if "teacher" in train.teacher:
+        fix = "Write its keys one level up, under train.teacher."
+        raise RecipeError("unknown key", where="train.teacher.teacher", fix=fix)
+    return validate(TrainTable, {**train.model_dump(exclude={"teacher"}), **train.teacher}, "train.teacher")
 
 
 def _source(recipe: Recipe, catalog: Catalog) -> SourceSpec:
     table = recipe.data
-    transforms = [Named.model_validate({"name": "shift", "pixels": table.shift})] if table.shift else []
-    transforms += [Named(name="flip")] if table.flip else []
-    transforms += table.transforms
     drop_last = table.drop_last
     if drop_last is None:  # a ragged batch would have other class statistics than the rest
-        drop_last = any((t.model_extra or {}).get("normalize") == "class" for t in recipe.objective)
+        drop_last = any(t.extras.get("normalize") == "class" for t in recipe.objective)
     return SourceSpec(
         dataset=_spec("dataset", table, catalog, "data"),
         batch_size=table.batch_size,
         monitor=table.monitor,
         split_seed=table.split_seed,
         drop_last=drop_last,
-        transforms=tuple(_spec("transform", t, catalog, f"data.transforms[{i}]") for i, t in enumerate(transforms)),
+        transforms=_transforms(table, catalog),
         source=_spec("source", table.source, catalog, "data.source"),
     )
+
+
+def _transforms(table: DataTable, catalog: Catalog) -> tuple[Spec, ...]:
+    """``shift`` and ``flip``, which most recipes want, come before the list."""
+    short = [Named.model_validate({"name": "shift", "pixels": table.shift})] if table.shift else []
+    short += [Named(name="flip")] if table.flip else []
+    first = [_spec("transform", t, catalog, f"data.{t.name}") for t in short]
+    rest = [_spec("transform", t, catalog, f"data.transforms[{i}]") for i, t in enumerate(table.transforms)]
+    return (*first, *rest)
 
 
 def _prepare(catalog: Catalog) -> Any:

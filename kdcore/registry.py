@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from .errors import KdError, PluginError, RecipeError, suggest
 from .options import Options, validate
+from .origin import Origin as Origin
+from .origin import blame as blame
+from .origin import blame_by_traceback as blame_by_traceback
 
 Target: TypeAlias = Any
 """The object itself, or ``"package.module:Name"``, imported at first use."""
@@ -22,65 +23,9 @@ KINDS = (
     "loss", "model", "dataset", "source", "transform", "strategy", "controller", "step", "adapter", "schedule",
     "optimizer", "metric", "executor", "failure_policy", "label_map", "exporter", "command",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a registered thing comes from. ``files`` is the plugin's source: a module file or a package folder."""
-
-    plugin: str
-    distribution: str = ""
-    version: str = ""
-    files: Path | None = None
-
-    def __str__(self) -> str:
-        return f"{self.plugin} ({self.distribution} {self.version})" if self.distribution else self.plugin
-
-    @cached_property
-    def code(self) -> dict[str, str]:
-        """Identity of the plugin's code: distribution version and sha256 of its source files."""
-        return {"plugin": self.plugin, "version": self.version, "source": _digest_files(self.files)}
-
-
-def _digest_files(root: Path | None) -> str:
-    if root is None:
-        return ""
-    files = sorted(root.rglob("*.py")) if root.is_dir() else [root]
-    total = hashlib.sha256()
-    for file in files:
-        name = file.relative_to(root).as_posix() if root.is_dir() else file.name
-        total.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return total.hexdigest()
-
-
-@contextmanager
-def blame(origin: Origin, doing: str) -> Iterator[None]:
-    """Notes on any exception that leaves the block which plugin it came from; its type is kept."""
-    try:
-        yield
-    except Exception as error:
-        note = f"in plugin {origin}, {doing}"
-        if not isinstance(error, KdError) and note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
-        raise
-
-
-def blame_by_traceback(error: BaseException, origins: Iterable[Origin]) -> None:
-    """Notes which plugin's code raised ``error``: the deepest frame that lies in a plugin's files."""
-    if is_blamed(error):
-        return
-    frames = [(Path(f.filename).resolve(), f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    owners = [origin for origin in origins if origin.files is not None]
-    for file, line in reversed(frames):
-        for origin in owners:
-            if file == origin.files or origin.files in file.parents:
-                error.add_note(f"in plugin {origin}, {file.name} line {line}")
-                return
-
-
-def is_blamed(error: BaseException) -> bool:
-    """True if a plugin was named as the place where ``error`` arose."""
-    return any(note.startswith("in plugin ") for note in getattr(error, "__notes__", ()))
+MOST_LISTED = 20
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_TARGET = re.compile(r"[\w.]+:[\w.]+")
 
 
 @dataclass(frozen=True)
@@ -99,7 +44,7 @@ class Entry:
         return f"{self.origin.plugin}/{self.name}"
 
     def load(self) -> Any:
-        """The object, imported now if it was registered as text."""
+        """The object; imported now if it was registered as text."""
         with blame(self.origin, f"loading {self.kind} {self.full_name!r}"):
             return _resolve(self.target)
 
@@ -120,14 +65,17 @@ class Entry:
 
     def check(self, options: Mapping[str, Any], where: str, also: Iterable[str] = ()) -> dict[str, Any]:
         """Validated options with their defaults, as JSON. ``also`` are further keys that a typo may have meant."""
-        return validate(self.options_class(), options, where, also).model_dump(mode="json")
+        model = self.options_class()
+        with blame(self.origin, f"checking the options of {self.kind} {self.full_name!r}"):
+            return validate(model, options, where, also).model_dump(mode="json")
 
 
 def _resolve(target: Target) -> Any:
     if not isinstance(target, str):
         return target
     module, _, name = target.partition(":")
-    found: Any = importlib.import_module(module)
+    with redirect_stdout(sys.stderr):  # what a plugin prints is no part of a command's output
+        found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
     return found
@@ -149,10 +97,14 @@ class Registrar:
         self.entries: list[Entry] = []
 
     def _add(self, kind: str, name: str, target: Target, options: Target, about: str) -> None:
-        if not name or "/" in name or name != name.strip().lower():
-            raise PluginError(f"{name!r} is not a name", where=f"{kind} of {self.origin}", fix="Use a-z, 0-9 and -.")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise PluginError(f"{name!r} is no name for a {kind}", fix="Use a-z, 0-9, -, _ and a dot.")
+        for text in (target, options):
+            if isinstance(text, str) and not _TARGET.fullmatch(text):
+                fix = 'Write "package.module:Name", or give the object itself.'
+                raise PluginError(f"{text!r} says nothing to import for {kind} {name!r}", fix=fix)
         if any(e.kind == kind and e.name == name for e in self.entries):
-            raise PluginError(f"{kind} {name!r} is registered twice", where=f"plugin {self.origin}")
+            raise PluginError(f"{kind} {name!r} is registered twice", fix="Leave one out or rename it.")
         self.entries.append(Entry(kind, name, self.origin, target, options, about))
 
     def loss(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
@@ -181,7 +133,8 @@ class Registrar:
 
     def controller(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
         """A class constructed with its options: see :class:`kdcore.Controller`. An optional static method
-        ``prepare(stage, run, options) -> Stage`` adds what it needs to a distilled stage."""
+        ``prepare(stage, run, options) -> Stage`` adds what it needs to a distilled stage.
+        """
         self._add("controller", name, target, options, about)
 
     def step(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
@@ -202,7 +155,8 @@ class Registrar:
 
     def metric(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
         """``metric(student_logits, teacher_logits, target) -> Tensor [B]`` on the monitor split, if a controller's
-        ``needs`` names it."""
+        ``needs`` names it.
+        """
         self._add("metric", name, target, options, about)
 
     def executor(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
@@ -232,6 +186,7 @@ class Catalog:
 
     entries: dict[str, dict[str, list[Entry]]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
     broken: Mapping[str, str] = field(default_factory=dict)
+    left_out: Iterable[str] = ()
 
     def add(self, entry: Entry) -> None:
         self.entries[entry.kind].setdefault(entry.name, []).append(entry)
@@ -247,20 +202,40 @@ class Catalog:
             PluginError: the name belongs to a plugin that is broken; says why.
         """
         plugin, _, short = name.rpartition("/")
-        if plugin in self.broken:
-            raise PluginError(f"plugin {plugin!r} is broken: {self.broken[plugin]}", where=where or f"{kind} {name!r}")
         found = [e for e in self.entries[kind].get(short, []) if not plugin or e.origin.plugin == plugin]
         if len(found) == 1:
             return found[0]
-        what = kind.replace("_", " ")
-        if found:
-            choices = " or ".join(repr(e.full_name) for e in found)
-            raise RecipeError(f"{what} {name!r} is ambiguous", where=where, fix=f"Write {choices}.")
-        known = [e.full_name if plugin else e.name for e in self.all(kind)]
-        fix = suggest(name, known)
-        if self.broken:
-            fix += " Broken plugins may offer it: " + "; ".join(f"{n}: {why}" for n, why in self.broken.items())
-        raise RecipeError(f"unknown {what} {name!r}", where=where, fix=fix)
+        if not found:
+            raise self._unknown(kind, name, where)
+        choices = " or ".join(repr(e.full_name) for e in found)
+        what = f"{_noun(kind)} {name!r} is ambiguous: {len(found)} plugins offer it"
+        raise RecipeError(what, where=where, fix=f"Write {choices}.")
+
+    def _unknown(self, kind: str, name: str, where: str) -> KdError:
+        """A misspelt name is the recipe's fault; where nothing is similar, a broken plugin is the likelier one."""
+        plugin, _, short = name.rpartition("/")
+        if plugin in self.broken:
+            fix = f"Repair or update it; `kdcore plugins` shows the same, -p no:{plugin} leaves it out."
+            return PluginError(f"{name!r} needs a broken plugin: {self.broken[plugin]}", where=where, fix=fix)
+        fix = self._meant(kind, name, short)
+        what = f"unknown {_noun(kind)} {name!r}"
+        if self.left_out:
+            fix += f" Left out by -p: {', '.join(sorted(self.left_out))}."
+        if not self.broken:
+            return RecipeError(what, where=where, fix=fix)
+        broken = "; ".join(self.broken.values())
+        kind_of_error = RecipeError if fix.startswith("Did") else PluginError
+        return kind_of_error(what, where=where, fix=f"{fix} A broken plugin may offer it: {broken}.")
+
+    def _meant(self, kind: str, name: str, short: str) -> str:
+        other = [k for k in KINDS if k != kind and short in self.entries[k]]
+        if other:
+            return f"{short!r} is a {_noun(other[0])}, not a {_noun(kind)}."
+        known = [e.full_name if "/" in name else e.name for e in self.all(kind)]
+        text = suggest(name, known)
+        many = not text.startswith("Did") and len(known) > MOST_LISTED
+        return f"`kdcore plugins` lists the {len(known)} known ones." if many else text
 
 
-Register: TypeAlias = Callable[[Registrar], None]
+def _noun(kind: str) -> str:
+    return "data set" if kind == "dataset" else kind.replace("_", " ")

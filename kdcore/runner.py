@@ -273,6 +273,32 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
+def make_settings(
+    recipe: Recipe,
+    store: Path,
+    jobs: int,
+    *,
+    strict: bool = False,
+    plugin_files: tuple[str, ...] = (),
+    blocked: tuple[str, ...] = (),
+) -> Settings:
+    """How this machine executes a recipe: device and threads are settled here."""
+    from .training import device
+
+    return Settings(
+        store=str(store),
+        device=str(device.resolve(recipe.device)),
+        threads=recipe.threads or device.default_threads(jobs),
+        precision=recipe.precision,
+        channels_last=recipe.channels_last,
+        log_every=recipe.execute.log_every,
+        checkpoint_seconds=recipe.execute.checkpoint_seconds,
+        strict=strict,
+        plugin_files=plugin_files,
+        blocked=blocked,
+    )
+
+
 def make_context(host: PluginHost, stopped: Any = lambda: 0) -> Context:
     """What this process needs to run stages of the host's plugins."""
     return Context(host.catalog, DataCache(host.catalog), stopped)

@@ -12,28 +12,30 @@ their sha256. What does not verify is never loaded: it is set aside and reported
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
+import errno
 import json
 import os
 import re
 import shutil
-import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import archive
 from .errors import StorageError
-from .files import rename, storage_error, sync_folder, write_file
-from .plan import Json, canonical
+from .files import make_folder, remove_folder, rename, storing, sync
+from .folders import FORMAT, MANIFEST, DamagedError, FormatError, commit, verify
+from .locks import if_free, lock_file, try_lock
 
-FORMAT = 1
-MANIFEST = "MANIFEST.json"
 KEPT_CHECKPOINTS = 2
+UNPACK = "unpack"
 _KEY = re.compile(r"[0-9a-f]{64}")
+_RUBBISH = (".tmp-", "damaged-")
+_CHECKPOINT = re.compile(r"ckpt-(\d+)")
+
+__all__ = ["FORMAT", "KEPT_CHECKPOINTS", "MANIFEST", "DamagedError", "FormatError", "Store", "commit", "verify"]
 
 
 class Store:
@@ -52,14 +54,10 @@ class Store:
     def result(self, key: str) -> dict[str, Any] | None:
         """The verified result of ``key``; None if there is none, or if it is damaged (then it is set aside)."""
         folder = self.root / "results" / key
-        if not folder.is_dir():
+        if not (folder.is_dir() and self._sound(folder)):
             return None
-        try:
-            verify(folder)
+        with storing(folder):
             return dict(json.loads((folder / "result.json").read_bytes()))
-        except (StorageError, OSError, ValueError) as error:
-            self._set_aside(folder, error)
-            return None
 
     def weights(self, key: str, member: str) -> Path:
         """The safetensors file of a member of a result that :meth:`result` verified."""
@@ -70,14 +68,18 @@ class Store:
 
     def save_result(self, key: str, files: Mapping[str, bytes]) -> None:
         """Commits a result, then forgets its checkpoints."""
-        if not (self.root / "results" / key).is_dir():
-            commit(self.root / "results", key, files)
-        shutil.rmtree(self.root / "work" / key, ignore_errors=True)
+        folder = self.root / "results" / key
+        try:
+            if not folder.is_dir():
+                commit(folder.parent, key, files)
+        except StorageError as error:
+            if not _is_taken(error.__cause__):  # else an unpack was faster
+                raise
+        remove_folder(self.root / "work" / key)
 
-    def keys(self) -> list[str]:
+    def stored(self) -> list[str]:
         """Keys of all results, sorted."""
-        folder = self.root / "results"
-        return sorted(p.name for p in folder.iterdir() if _KEY.fullmatch(p.name)) if folder.is_dir() else []
+        return [path.name for path in self._names("results") if _KEY.fullmatch(path.name)]
 
     # ------------------------------------------------------------ checkpoints
 
@@ -85,30 +87,50 @@ class Store:
         """Commits a checkpoint and drops all but the last two."""
         folder = self.root / "work" / key
         name = f"ckpt-{step:08d}"
-        shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / name).is_dir():
+            if self._sound(folder / name):
+                return folder / name  # the same step has the same bits
+            remove_folder(folder / name)
         commit(folder, name, files)
         for old in self._checkpoints(key)[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
         return folder / name
 
     def checkpoint(self, key: str) -> Path | None:
         """The newest checkpoint that verifies; damaged ones are set aside."""
-        for folder in reversed(self._checkpoints(key)):
-            try:
-                verify(folder)
-                return folder
-            except (StorageError, OSError) as error:
-                self._set_aside(folder, error)
-        return None
+        return next((folder for folder in reversed(self._checkpoints(key)) if self._sound(folder)), None)
 
     def _checkpoints(self, key: str) -> list[Path]:
-        folder = self.root / "work" / key
-        return sorted(folder.glob("ckpt-*")) if folder.is_dir() else []
+        """Oldest first; by number, because names of 100 million steps are longer."""
+        found = [(_CHECKPOINT.fullmatch(path.name), path) for path in self._names("work", key)]
+        return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
-    def _set_aside(self, folder: Path, error: Exception) -> None:
+    # ------------------------------------------------------------ damage
+
+    def _sound(self, folder: Path) -> bool:
+        """False for a folder that is not to be used: damaged ones are set aside, those of a newer kdcore stay."""
+        try:
+            verify(folder)
+        except DamagedError as error:
+            self._set_aside(folder, error)
+            return False
+        except FormatError as error:
+            self.warn(f"{error} It is left alone and not used.")
+            return False
+        return True
+
+    def _set_aside(self, folder: Path, error: StorageError) -> None:
         target = folder.with_name(f"damaged-{time.time_ns()}-{folder.name}")
+        with storing(folder):
+            try:
+                rename(folder, target)
+            except FileNotFoundError:
+                return  # another process set it aside, or cleaned up
+        with suppress(StorageError, OSError):  # another process may have set it aside and made it again in between
+            verify(target)
+            rename(target, folder)
+            return
         self.warn(f"{folder} is damaged ({error}); it was set aside and will be made again")
-        rename(folder, target)
 
     # ------------------------------------------------------------ leases
 
@@ -116,143 +138,93 @@ class Store:
     def lease(self, key: str, waiting: Callable[[str], None]) -> Iterator[None]:
         """Holds ``key`` for this process; another holder is waited for.
 
-        The lock is the operating system's, so a holder that dies, however it dies, lets go at once.
-
         Args:
             key: a stage's key.
-            waiting: called about five times a second while another process holds the key; may raise to give up.
+            waiting: told about five times a second who holds the key; may raise to give up.
         """
         path = self.root / "leases" / key
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise storage_error(error, path, 0) from error
-        try:
-            while not _try_lock(handle):
+        with storing(path):
+            make_folder(path.parent)
+        with lock_file(path) as handle:
+            while not _locked(handle, path):
                 waiting(os.pread(handle, 100, 0).decode(errors="replace"))
                 time.sleep(0.2)
-            os.truncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()}".encode(), 0)
+            with suppress(OSError):  # for people; a full disk must not stop a run that may need no more room
+                os.truncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()}".encode(), 0)
             yield
-        finally:
-            os.close(handle)
 
     # ------------------------------------------------------------ housekeeping
 
     def collect(self, keep: set[str], dry: bool = False) -> list[Path]:
-        """Removes results that are not in ``keep``, their checkpoints, damaged and half-written folders."""
-        rubbish = [self.root / "results" / key for key in self.keys() if key not in keep]
-        for part in ("results", "work"):
-            folder = self.root / part
-            names = sorted(folder.iterdir()) if folder.is_dir() else []
-            rubbish += [p for p in names if p.name.startswith((".tmp-", "damaged-")) or (part == "work" and self._idle(p))]
-        for path in [] if dry else rubbish:
-            shutil.rmtree(path, ignore_errors=True)
+        """Removes what no run needs and no process uses; returns it.
+
+        That is: results that are not in ``keep``; checkpoints of other keys and of finished stages; damaged and
+        half-written folders. What belongs to a key whose lease is held stays.
+        """
+        rubbish = []
+        for path in self._rubbish(keep):
+            with storing(path), if_free(self.root / "leases" / _owner(path)) as free:
+                if free and not dry:
+                    remove_folder(path)
+                if free and (dry or not path.exists()):
+                    rubbish.append(path)
         return rubbish
 
-    def _idle(self, work: Path) -> bool:
-        try:
-            handle = os.open(self.root / "leases" / work.name, os.O_RDWR)
-        except FileNotFoundError:
-            return True
-        try:
-            return _try_lock(handle)
-        finally:
-            os.close(handle)
+    def _rubbish(self, keep: set[str]) -> Iterator[Path]:
+        finished = set(self.stored())
+        for part, needed in (("results", keep), ("work", keep - finished)):
+            for path in self._names(part):
+                if path.name.startswith(_RUBBISH) or (_KEY.fullmatch(path.name) and path.name not in needed):
+                    yield path
+                elif part == "work" and path.is_dir():
+                    yield from (inner for inner in self._names(part, path.name) if inner.name.startswith(_RUBBISH))
+
+    def _names(self, *parts: str) -> list[Path]:
+        folder = self.root.joinpath(*parts)
+        with storing(folder):
+            return sorted(folder.iterdir()) if folder.is_dir() else []
 
     def pack(self, target: Path, keys: list[str]) -> None:
         """Writes the results of ``keys`` to one tar file."""
-        temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-        try:
-            with tarfile.open(temporary, "w") as tar:
-                for key in keys:
-                    verify(self.root / "results" / key)
-                    tar.add(self.root / "results" / key, arcname=key)
-            rename(temporary, target)
-        except OSError as error:
-            raise storage_error(error, target, 0) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        archive.pack(self.root / "results", keys, target)
 
     def unpack(self, source: Path) -> list[str]:
-        """Adds the results of a tar file; each is verified before it counts. Returns the new keys."""
-        incoming = self.root / "results" / f".tmp-{os.getpid()}-unpack"
-        try:
-            incoming.mkdir(parents=True)
-            with tarfile.open(source) as tar:
-                tar.extractall(incoming, filter="data")
-            return [key for key in sorted(os.listdir(incoming)) if self._adopt(incoming / key)]
-        except (OSError, tarfile.TarError) as error:
-            raise StorageError(str(error), where=str(source)) from error
-        finally:
-            shutil.rmtree(incoming, ignore_errors=True)
+        """Adds the results of a tar file: all of them, or nothing if one is damaged. Returns the new keys."""
+        incoming = self.root / "results" / f".tmp-{os.getpid()}-{UNPACK}"
+        with self.lease(UNPACK, lambda holder: None):
+            try:
+                with storing(incoming):
+                    make_folder(incoming)
+                keys = archive.extract(source, incoming)
+                return [key for key in keys if self._adopt(incoming / key)]
+            finally:
+                shutil.rmtree(incoming, ignore_errors=True)
 
     def _adopt(self, folder: Path) -> bool:
         target = self.root / "results" / folder.name
-        if not _KEY.fullmatch(folder.name) or target.exists():
-            return False
-        verify(folder)
-        rename(folder, target)
+        with storing(target):
+            for path in [*folder.iterdir(), folder]:
+                sync(path)
+            try:
+                rename(folder, target)
+            except OSError as error:
+                if not _is_taken(error):
+                    raise
+                return False
         return True
 
 
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _locked(handle: int, path: Path) -> bool:
+    with storing(path):
+        return try_lock(handle)
 
 
-def commit(parent: Path, name: str, files: Mapping[str, bytes]) -> None:
-    """Makes the folder ``parent/name`` with ``files`` and a manifest appear at once, and durably."""
-    temporary = parent / f".tmp-{os.getpid()}-{name}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for file, data in files.items():
-            write_file(temporary / file, data)
-        write_file(temporary / MANIFEST, _manifest(files))
-        sync_folder(temporary)
-        rename(temporary, parent / name)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise storage_error(error, temporary, sum(map(len, files.values()))) from error
-        raise
+def _is_taken(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
 
 
-def _manifest(files: Mapping[str, bytes]) -> bytes:
-    entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    body: dict[str, Json] = {"format": FORMAT, "kdcore": __version__, "files": entries}
-    return json.dumps({**body, "sha256": _seal(body)}, indent=1).encode()
-
-
-def _seal(body: Mapping[str, Json]) -> str:
-    return hashlib.sha256(canonical(body).encode()).hexdigest()
-
-
-def verify(folder: Path) -> None:
-    """Checks a folder against its manifest, and the manifest against itself.
-
-    Raises:
-        StorageError: names the first file that is missing, extra or different.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        body = {key: manifest[key] for key in ("format", "kdcore", "files")}
-        good = set(manifest) == {*body, "sha256"} and manifest["sha256"] == _seal(body)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"unreadable manifest: {error}", where=str(folder)) from error
-    if not good:
-        raise StorageError("the manifest is damaged", where=str(folder))
-    if body["format"] != FORMAT:
-        raise StorageError(f"format {body['format']}, this kdcore reads {FORMAT}", where=str(folder))
-    found = {path.name for path in folder.iterdir()} - {MANIFEST}
-    if found != set(body["files"]):
-        raise StorageError(f"files {sorted(found)} are not those of the manifest", where=str(folder))
-    for name, entry in body["files"].items():
-        with open(folder / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise StorageError("the content is not what was written", where=str(folder / name))
+def _owner(path: Path) -> str:
+    """The lease that guards a folder: ``results/.tmp-1-<key>`` is guarded by ``<key>``, as is all in ``work/<key>``."""
+    found = _KEY.search(path.name) or _KEY.search(path.parent.name)
+    return found[0] if found else UNPACK

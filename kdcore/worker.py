@@ -11,17 +11,18 @@ import threading
 import traceback
 from typing import Any, TextIO
 
+from . import errors
 from .errors import KdError
 from .executor import Context, DataCache, perform
 from .job import Job
 from .plugins import PluginHost, load_plugins
-from .registry import blame_by_traceback
 
 
 def main() -> None:
-    """Serves jobs until standard input closes."""
+    """Serves jobs until standard input closes, or until SIGTERM."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a plugin prints must not break the protocol
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     signals: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -37,6 +38,8 @@ def main() -> None:
             host = load_plugins(job.settings.blocked, job.settings.plugin_files)
             served = host, Context(host.catalog, DataCache(host.catalog), lambda: signals[0] if signals else 0)
         _serve(job, *served, out)
+    sys.stdout.flush()
+    os._exit(0)  # the thread still reads standard input, at which an orderly end of the interpreter would abort
 
 
 def _read(jobs: queue.Queue[Job]) -> None:
@@ -48,22 +51,28 @@ def _read(jobs: queue.Queue[Job]) -> None:
 
 def _serve(job: Job, host: PluginHost, context: Context, out: TextIO) -> None:
     def send(message: Any) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
+        try:
+            out.write(json.dumps(message) + "\n")
+            out.flush()
+        except BrokenPipeError:
+            os._exit(0)  # the driver is gone
 
     try:
-        send({"kind": "result", "result": perform(job, context, send)})
+        with host.blaming():
+            result = perform(job, context, send)
+        send({"kind": "result", "result": result})
     except Exception as error:
-        blame_by_traceback(error, host.origins.values())
         send(describe(error))
 
 
 def describe(error: Exception) -> dict[str, Any]:
     """An error as JSON; the driver raises it again."""
     known = isinstance(error, KdError)
+    # a plugin's own child of an error of kdcore travels as its parent: what the driver can make again
+    kind = next((cls for cls in type(error).__mro__ if cls.__module__ == errors.__name__), type(error))
     return {
         "kind": "error",
-        "type": type(error).__name__,
+        "type": kind.__name__,
         "what": error.what if isinstance(error, KdError) else str(error),
         "where": error.where if isinstance(error, KdError) else "",
         "fix": error.fix if isinstance(error, KdError) else "",

@@ -130,7 +130,8 @@ def finish(arguments: list[str]) -> None:
 
 def weights_hash(root: Path) -> str:
     """Of the delivered student and of every member of every stored result."""
-    files = [*sorted(root.glob("*/student.safetensors")), *sorted(root.glob("store/results/*/*.safetensors"))]
+    stored = root.glob("store/results/[0-9a-f]*/*.safetensors")  # a kill may leave a half-written .tmp- folder
+    files = [*sorted(root.glob("*/student.safetensors")), *sorted(stored)]
     assert len(files) > 1
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 

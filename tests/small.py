@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kdcore.job import Settings
 from kdcore.plugins import PluginHost, load_plugins
 from kdcore.recipe import load
-from kdcore.runner import Run, make_context
+from kdcore.runner import Run, make_context, make_settings
 
-PROOFS = Path(__file__).parent / "proofs" / "proofs.py"
+PROOFS = Path(__file__).parent / "coming" / "proofs.py"
 
 RECIPE: dict[str, Any] = {
     "seed": 0,
@@ -21,6 +20,7 @@ RECIPE: dict[str, Any] = {
     "teacher": {"model": "mlp", "size": 2, "width": 32},
     "student": {"model": "mlp", "size": 1},
     "train": {"epochs": 2},
+    "execute": {"log_every": 5},
     "objective": [{"loss": "cross_entropy"}, {"loss": "kd"}],
 }
 
@@ -51,8 +51,9 @@ def make_run(
     """A run in ``root/name`` with the store in ``root/store``."""
     host = host or load_plugins()
     checked = load(recipe or RECIPE, list(sets))
-    settings = {"store": str(root / "store"), "log_every": 5, **settings}
-    return Run(checked, host, Settings(**settings), root / name, Quiet(), jobs, make_context(host))
+    plugin_files = [str(path) for origin in host.origins.values() for path in origin.files if path.suffix == ".py"]
+    made = make_settings(checked, root / "store", jobs, plugin_files=tuple(plugin_files), **settings)
+    return Run(checked, host, made, root / name, Quiet(), jobs, make_context(host))
 
 
 def weights(root: Path, member: str = "student") -> list[str]:

@@ -24,5 +24,5 @@ def test_resume_after_kill_is_bit_exact():
 
 @pytest.mark.parametrize("name", ["swap", "two-player", "stream"])
 def test_what_comes_resumes_after_kill_bit_exact(name):
-    recipe, plugin = HERE / "proofs" / f"{name}.toml", HERE / "proofs" / "proofs.py"
+    recipe, plugin = HERE / "coming" / f"{name}.toml", HERE / "coming" / "proofs.py"
     assert torture("2", "7", str(recipe), str(plugin)).endswith("2/2\n")

@@ -10,23 +10,28 @@ from ..errors import KdError
 
 def main(argv: list[str] | None = None) -> None:
     """Runs ``kdcore`` with these arguments (default: the process's) and exits."""
-    from .app import build
-
     arguments = sys.argv[1:] if argv is None else argv
     try:
+        from .app import build
+
         build(arguments)(args=arguments, prog_name="kdcore")
     except KdError as error:
         _fail(f"{type(error).__name__}: {error}", error, error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        from ..registry import is_blamed
+        _fail_unforeseen(error)
 
-        if is_blamed(error):
-            last = traceback.format_exception(error, limit=-3)
-            _fail("".join(last).rstrip(), None, 3)
-        traceback.print_exception(error)
-        _fail("This is a bug in kdcore.", None, 1)
+
+def _fail_unforeseen(error: Exception) -> None:
+    from ..origin import is_blamed
+
+    kind = type(error).__name__
+    if is_blamed(error):  # the plugin's author needs the last frames, everyone the note that names plugin and line
+        print("".join(traceback.format_tb(error.__traceback__, limit=-3)), end="", file=sys.stderr)
+        _fail(f"a plugin failed: {kind}: {error}", error, 3)
+    traceback.print_exception(error)
+    _fail("this is a bug in kdcore, not in your recipe. Please report the lines above.", None, 1)
 
 
 def _fail(text: str, error: BaseException | None, code: int) -> None:

@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import EXIT_CODES, RecipeError
-from ..plugins import PluginHost, load_plugins
+from .. import __version__
+from ..errors import EXIT_CODES, PluginError, RecipeError, suggest
+from ..plugins import CORE, PluginHost, load_plugins
+from .extra import add_commands
 
 RUNS = Path("runs")
-EXITS = "Exit codes: " + "; ".join(f"{code} {text}" for code, text in EXIT_CODES.items()) + "."
+EXITS = "\b\nExit codes:\n" + "\n".join(f"{code:>4}  {text}" for code, text in EXIT_CODES.items())
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe, e.g. examples/digits.toml")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override, e.g. train.epochs=5")]
@@ -20,6 +22,10 @@ Files = Annotated[list[str] | None, typer.Option("--plugin-file", metavar="FILE"
 Block = Annotated[list[str] | None, typer.Option("-p", metavar="no:NAME", help="leave a plugin out")]
 Root = Annotated[Path, typer.Option("--root", metavar="DIR", help="where runs and the store live")]
 StoreDir = Annotated[Path | None, typer.Option("--store", metavar="DIR", help="the store (default: ROOT/store)")]
+Strict = Annotated[bool, typer.Option("--strict", help="a preflight warning ends the run")]
+StrictPlugins = Annotated[bool, typer.Option("--strict-plugins", help="a failing observer ends the run")]
+AllowChange = Annotated[bool, typer.Option("--allow-plugin-change", help="go on although other plugins are loaded")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="only say what would be removed")]
 Jobs = Annotated[int | None, typer.Option("--jobs", metavar="N", min=1, help="stages at once")]
 
 
@@ -31,14 +37,28 @@ def build(arguments: list[str]) -> typer.Typer:
         pretty_exceptions_enable=False,
         add_completion=False,
     )
-    for command in (run, resume, plan, plugins, report, doctor):
+    app.callback()(_top)
+    commands = (run, resume, plan, plugins, report, doctor)
+    for command in commands:
         app.command()(command)
     app.add_typer(_store_app(), name="store", help="List, clean, pack and unpack stored results.")
-    built_in = {"run", "resume", "plan", "plugins", "report", "doctor", "store"}
+    built_in = {"store", *(command.__name__ for command in commands)}
     if not built_in & set(arguments[:1]):
-        for entry in load_plugins().catalog.all("command"):
-            app.command(entry.name, help=entry.about)(entry.load())
+        add_commands(app, load_plugins(), built_in, arguments)
     return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kdcore {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", help="show it", is_eager=True, callback=_show_version)]
+
+
+def _top(version: Version = False) -> None:
+    """Its help is the application's."""
 
 
 def run(
@@ -49,33 +69,40 @@ def run(
     store: StoreDir = None,
     plugin_file: Files = None,
     block: Block = None,
-    strict: Annotated[bool, typer.Option("--strict", help="a preflight warning ends the run")] = False,
-    strict_plugins: Annotated[bool, typer.Option("--strict-plugins", help="a failing observer ends the run")] = False,
-    allow_plugin_change: Annotated[bool, typer.Option("--allow-plugin-change")] = False,
+    strict: Strict = False,
+    strict_plugins: StrictPlugins = False,
+    allow_plugin_change: AllowChange = False,
 ) -> None:
     """Run a recipe; run it again to go on after a kill, or to reuse what is stored."""
     from .drive import drive
 
-    host = load_plugins(_blocked(block), plugin_file or (), strict_plugins)
-    drive(recipe, sets or [], host, jobs, root, store, plugin_file or [], _blocked(block), strict, allow_plugin_change)
+    files, blocked = plugin_file or [], _blocked(block)
+    host = _host(blocked, files, strict_plugins)
+    with host.blaming():
+        drive(recipe, sets or [], host, jobs, root, store, files, blocked, strict, allow_plugin_change)
 
 
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run")],
     jobs: Jobs = None,
-    allow_plugin_change: Annotated[bool, typer.Option("--allow-plugin-change")] = False,
+    allow_plugin_change: AllowChange = False,
     block: Block = None,
-    strict: Annotated[bool, typer.Option("--strict")] = False,
+    strict: Strict = False,
+    strict_plugins: StrictPlugins = False,
 ) -> None:
     """Go on with a run from its folder."""
     from .drive import drive
 
     saved = _read_json(folder / "run.json", "Give the folder of a run, e.g. runs/digits-1a2b3c4d.")
-    host = load_plugins(_blocked(block), saved["plugin_files"])
-    drive(
-        saved["recipe"], [], host, jobs, folder.parent, Path(saved["store"]), saved["plugin_files"],
-        _blocked(block), strict, allow_plugin_change, folder,
-    )  # fmt: skip
+    if not {"recipe", "plugin_files", "store"} <= set(saved):
+        raise RecipeError("no run of kdcore", where=str(folder / "run.json"), fix="Run the recipe again.")
+    files, blocked = saved["plugin_files"], _blocked(block)
+    host = _host(blocked, files, strict_plugins)
+    with host.blaming():
+        drive(
+            saved["recipe"], [], host, jobs, folder.parent, Path(saved["store"]), files, blocked, strict,
+            allow_plugin_change, folder,
+        )  # fmt: skip
 
 
 def plan(
@@ -89,24 +116,16 @@ def plan(
     """Print the stages of a recipe with their cost; run nothing."""
     from .drive import show_plan
 
-    host = load_plugins(_blocked(block), plugin_file or ())
-    show_plan(recipe, sets or [], host, root, store, plugin_file or [])
+    host = _host(_blocked(block), plugin_file or [])
+    with host.blaming():
+        show_plan(recipe, sets or [], host, root, store)
 
 
 def plugins(plugin_file: Files = None, block: Block = None) -> None:
     """List what every plugin offers, and the broken ones with the reason."""
-    from rich.console import Console
-    from rich.table import Table
+    from .listing import show
 
-    host = load_plugins(_blocked(block), plugin_file or ())
-    table = Table("kind", "name", "plugin", "about")
-    for kind, entries in host.catalog.entries.items():
-        for entry in [e for _, group in sorted(entries.items()) for e in group]:
-            table.add_row(kind, entry.name, str(entry.origin), entry.about)
-    console = Console()
-    console.print(table)
-    for name, reason in host.broken.items():
-        console.print(f"BROKEN {name}: {reason}", style="bold red", markup=False)
+    show(load_plugins(_blocked(block), plugin_file or ()))
 
 
 def report(
@@ -138,7 +157,7 @@ def _store_app() -> typer.Typer:
         list_store(store or root / "store")
 
     @app.command("gc")
-    def gc(root: Root = RUNS, store: StoreDir = None, dry_run: Annotated[bool, typer.Option("--dry-run")] = False) -> None:
+    def gc(root: Root = RUNS, store: StoreDir = None, dry_run: DryRun = False) -> None:
         """Remove results that no run under ROOT names, stale checkpoints and damaged folders."""
         from .drive import collect
 
@@ -150,8 +169,8 @@ def _store_app() -> typer.Typer:
         from ..store import Store
 
         source = Store(store or root / "store")
-        source.pack(file, source.keys())
-        typer.echo(f"{len(source.keys())} results in {file}")
+        source.pack(file, source.stored())
+        typer.echo(f"{len(source.stored())} results in {file}")
 
     @app.command("unpack")
     def unpack(file: Path, root: Root = RUNS, store: StoreDir = None) -> None:
@@ -163,18 +182,36 @@ def _store_app() -> typer.Typer:
     return app
 
 
+def _host(blocked: list[str], files: list[str], strict: bool = False) -> PluginHost:
+    """The plugins of a run. What the command line names must be there; what is merely installed may be broken."""
+    host = load_plugins(blocked, files, strict)
+    for name in blocked:
+        if name not in host.left_out:
+            known = {*host.origins, *host.broken, *host.left_out} - {CORE}
+            raise RecipeError(f"no plugin {name!r} to leave out", where=f"-p no:{name}", fix=suggest(name, known))
+    for file in files:
+        path = Path(file).resolve()
+        loaded = any(path in origin.files for origin in host.origins.values())
+        if not loaded and path.stem not in host.left_out:
+            reason = next(text for name, text in host.broken.items() if name in (path.stem, f"{path.stem} {path}"))
+            raise PluginError(reason, where=f"--plugin-file {file}", fix="Repair it, or leave the option out.")
+    return host
+
+
 def _blocked(block: list[str] | None) -> list[str]:
     for text in block or []:
-        if not text.startswith("no:"):
-            raise RecipeError(f"{text!r}", where="-p", fix="Write -p no:NAME.")
+        if not text.startswith("no:") or text == "no:":
+            raise RecipeError(f"{text!r} leaves nothing out", where="-p", fix="Write -p no:NAME.")
     return [text.removeprefix("no:") for text in block or []]
 
 
 def _read_json(path: Path, fix: str) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{type(error).__name__}: {error}", where=str(path), fix=fix) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise RecipeError("no such file", where=str(path), fix=fix) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"cannot be read: {error}", where=str(path), fix=fix) from None
 
 
 __all__ = ["PluginHost", "build"]

@@ -88,7 +88,7 @@ class RunConsole:
         )
         if event["key"] in self.tasks:
             self.progress.remove_task(self.tasks.pop(event["key"]))
-        self._print(f"{event['name']}: {found or 'as given'} on the monitor split ({how})")
+        self._print(f"{event['name']}: {f'{found} on the monitor split' if found else 'done'} ({how})")
 
     def table(self, result: dict[str, Any]) -> None:
         """The headline table of a finished run."""

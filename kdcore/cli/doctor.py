@@ -8,6 +8,7 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__
@@ -27,8 +28,8 @@ def examine(host: PluginHost) -> None:
     for name, text in _torch_facts():
         table.add_row(name, text)
     table.add_row("plugins", ", ".join(str(origin) for origin in host.origins.values()))
-    for name, reason in host.broken.items():
-        table.add_row(f"broken: {name}", reason)
+    for reason in host.broken.values():
+        table.add_row("broken plugin", escape(reason))
     Console().print(table)
 
 

@@ -12,13 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import PlanError
-from ..job import Settings
 from ..journal import Journal
 from ..keys import Keys, in_order
 from ..plan import MemberResult, Result, SourceSpec, Stage, digest
 from ..plugins import PluginHost
 from ..recipe import Recipe, compile_recipe, load
-from ..runner import Run, check_outcome, check_stages, make_context, start
+from ..runner import Run, check_outcome, check_stages, make_context, make_settings, start
 from ..store import Store
 from .console import RunConsole
 
@@ -41,7 +40,10 @@ def drive(
     """Runs a recipe to its report and prints the table."""
     recipe = _check(source, sets, host)
     jobs = jobs or recipe.execute.jobs
-    settings = _settings(recipe, jobs, store or root / "store", plugin_files, blocked, strict)
+    files = tuple(str(Path(file).resolve()) for file in plugin_files)
+    settings = make_settings(
+        recipe, store or root / "store", jobs, strict=strict, plugin_files=files, blocked=tuple(blocked)
+    )
     folder = folder or _folder(recipe, source, root)
     with RunConsole() as console:
         context = make_context(host, catch_signals())
@@ -55,27 +57,11 @@ def _check(source: Path | Mapping[str, Any], sets: list[str], host: PluginHost) 
     """Checks the whole recipe before torch is imported."""
     recipe = load(source, sets)
     host.require(recipe.plugins.require)
-    compile_recipe(recipe, host.catalog)
+    view, strategy = compile_recipe(recipe, host.catalog)
+    first = start(strategy, view, host)
+    next(first, None)  # models that only the strategy knows of are named in its first stages
+    first.close()
     return recipe
-
-
-def _settings(
-    recipe: Recipe, jobs: int, store: Path, plugin_files: list[str], blocked: list[str], strict: bool
-) -> Settings:
-    from ..training import device
-
-    return Settings(
-        store=str(store),
-        device=str(device.resolve(recipe.device)),
-        threads=recipe.threads or device.default_threads(jobs),
-        precision=recipe.precision,
-        channels_last=recipe.channels_last,
-        log_every=recipe.execute.log_every,
-        checkpoint_seconds=recipe.execute.checkpoint_seconds,
-        strict=strict,
-        plugin_files=tuple(str(Path(file).resolve()) for file in plugin_files),
-        blocked=tuple(blocked),
-    )
 
 
 def _folder(recipe: Recipe, source: Path | Mapping[str, Any], root: Path) -> Path:
@@ -102,12 +88,10 @@ def catch_signals() -> Callable[[], int]:
 # ---------------------------------------------------------------- plan
 
 
-def show_plan(
-    source: Path, sets: list[str], host: PluginHost, root: Path, store: Path | None, plugin_files: list[str]
-) -> None:
+def show_plan(source: Path, sets: list[str], host: PluginHost, root: Path, store: Path | None) -> None:
     """Prints what a run would train, under the assumption that all results are equal."""
     recipe = _check(source, sets, host)
-    settings = _settings(recipe, recipe.execute.jobs, store or root / "store", plugin_files, [], False)
+    settings = make_settings(recipe, store or root / "store", recipe.execute.jobs)
     context = make_context(host)
     keys = Keys(host.catalog, recipe.seed, settings, lambda spec: str(context.load(spec).fingerprint))
     table = Table("stage", "members", "length", "TFLOPs", "stored")
@@ -170,7 +154,7 @@ def list_store(path: Path) -> None:
     """Prints every stored result."""
     store = Store(path, print)
     table = Table("key", "stage", "members", "steps", "seconds")
-    for key in store.keys():
+    for key in store.stored():
         result = store.result(key)
         if result is not None:
             members = ", ".join(f"{name} {member['model']}" for name, member in result["members"].items())
@@ -188,5 +172,3 @@ def collect(root: Path, path: Path, dry: bool) -> None:
     for folder in removed:
         print(folder)
     print(f"{len(removed)} folders {'would be ' if dry else ''}removed")
-
-

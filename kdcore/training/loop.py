@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
-from .. import __version__
 from ..data import Splits
 from ..errors import DeviceError, Interrupted, PlanError, suggest
 from ..job import Emit, Job
-from ..plan import Drop, Finish, Json, Set, TickView, canonical, decode
+from ..plan import Drop, Finish, Json, Set, TickView, decode
 from ..registry import Catalog
 from ..store import Store
-from . import cost, device, evaluate, state
+from . import device, evaluate, state
 from .member import Learner, classifies, host_state
 from .preflight import preflight
+from .result import finish
 from .session import Session, curves, open_session
 
 
@@ -56,7 +54,7 @@ def run_stage(
             used = curves(inputs, stage.uses.items())
             session = open_session(job, catalog, load(stage.data), store, emit, used)
             _train(session, inputs, stopped)
-            return _finish(session)
+            return finish(session)
         except torch.OutOfMemoryError as error:
             fix = "Lower data.batch_size."
             raise DeviceError(f"out of memory on {place}: {error}", where=f"stage {job.name!r}", fix=fix) from error
@@ -70,6 +68,27 @@ def _needed(store: Store, key: str) -> dict[str, Any]:
 
 
 def _train(session: Session, inputs: Mapping[str, Any], stopped: Callable[[], int]) -> None:
+    _begin(session, inputs)
+    clock = Clock(session)
+    while not session.over:
+        _step(session)
+        if session.step % session.steps_per_tick == 0:
+            _tick(session, clock)
+        elif session.step % session.job.settings.log_every == 0:
+            _log(session, clock)
+        if session.over:
+            break
+        if signal := stopped():
+            _log(session, clock)
+            clock.checkpoint()
+            raise Interrupted(signal)
+        clock.checkpoint_if_due()
+    clock.stop()
+    state.check_finite(session)
+
+
+def _begin(session: Session, inputs: Mapping[str, Any]) -> None:
+    """Goes on from the newest checkpoint, or checks the teachers before the first step."""
     folder = session.store.checkpoint(session.job.key)
     if folder is not None:
         state.unpack(session, folder)
@@ -78,25 +97,7 @@ def _train(session: Session, inputs: Mapping[str, Any], stopped: Callable[[], in
     for text in session.warnings:
         session.emit({"kind": "warning", "text": text})
     session.emit({"kind": "stage_started", "tick": session.tick, "ticks": session.ticks, "step": session.step})
-    clock = Clock(session)
     session.begin_tick()
-    total = session.ticks * session.steps_per_tick if session.ticks else 0
-    while session.step < total and not session.finished:
-        _step(session)
-        if session.step % session.steps_per_tick == 0:
-            _tick(session, clock)
-        elif session.step % session.job.settings.log_every == 0:
-            _log(session, clock)
-        if session.finished or session.step >= total:
-            break
-        if signal := stopped():
-            _log(session, clock)
-            clock.checkpoint()
-            raise Interrupted(signal)
-        if session.step % session.steps_per_tick == 0 or session.step % session.job.settings.log_every == 0:
-            clock.checkpoint_if_due()
-    clock.stop()
-    state.check_finite(session)
 
 
 class Clock:
@@ -120,10 +121,11 @@ class Clock:
         return speed
 
     def checkpoint_if_due(self) -> None:
-        """Checkpoints if the last one is older than the recipe wants; an interval of 0 means every tick."""
+        """Checkpoints at a log point if the last one is older than the recipe wants; 0 seconds mean every tick."""
         seconds = self.session.job.settings.checkpoint_seconds
         at_tick = self.session.step % self.session.steps_per_tick == 0
-        if time.perf_counter() - self.saved >= seconds and (seconds > 0 or at_tick):
+        due = time.perf_counter() - self.saved >= seconds and (seconds > 0 or at_tick)
+        if due and not self.session.meters.pending:
             self.checkpoint()
 
     def checkpoint(self) -> None:
@@ -169,7 +171,7 @@ def _rate(session: Session, learner: Learner) -> float:
 
 
 def _measure(session: Session, learner: Learner, means: Mapping[str, float], rate: float) -> dict[str, float]:
-    row = {"epoch": session.step / session.source.steps_per_epoch if session.source.steps_per_epoch else session.tick}
+    row = {"epoch": session.epoch}
     row |= {
         f"train.{name.removeprefix(learner.name + '.')}": value
         for name, value in means.items()
@@ -189,7 +191,7 @@ def _measure(session: Session, learner: Learner, means: Mapping[str, float], rat
 def _decide(session: Session) -> None:
     view = TickView(
         tick=session.tick,
-        epoch=session.step / session.source.steps_per_epoch if session.source.steps_per_epoch else float(session.tick),
+        epoch=session.epoch,
         step=session.step,
         length=session.ticks,
         curves={learner.name: tuple(learner.curve) for learner in session.learners.values() if learner.curve},
@@ -205,7 +207,7 @@ def _decide(session: Session) -> None:
 def _apply(session: Session, controller: str, decision: Set | Drop | Finish) -> dict[str, Json]:
     event: dict[str, Json] = {
         "tick": session.tick, "step": session.step, "controller": controller, "target": "", "value": None,
-        "epoch": session.step / session.source.steps_per_epoch if session.source.steps_per_epoch else session.tick,
+        "epoch": session.epoch,
         "kind": type(decision).__name__.lower(), "reason": decision.reason,
     }  # fmt: skip
     if isinstance(decision, Set):
@@ -220,93 +222,3 @@ def _apply(session: Session, controller: str, decision: Set | Drop | Finish) -> 
     else:
         session.finished = True
     return event
-
-
-def _finish(session: Session) -> dict[str, Any]:
-    members = {name: _member(session, learner) for name, learner in session.learners.items()}
-    forward = {name: member["flops"] or 0 for name, member in members.items()}
-    images = session.step * session.stage.data.batch_size
-    result = {
-        "key": session.job.key,
-        "name": session.stage.name,
-        "length": session.stage.length,
-        "tick": session.stage.tick,
-        "ticks": session.tick,
-        "step": session.stage.step,
-        "seed": session.seed,
-        "steps": session.step,
-        "seconds": session.seconds,
-        "images_per_second": images / session.seconds if session.seconds else None,
-        "members": members,
-        "flops": {name: learner.passes * forward[name] for name, learner in session.learners.items()},
-        "events": session.events,
-        "warnings": session.warnings,
-        "environment": environment(session),
-    }
-    kept = [learner for learner in session.learners.values() if learner.terms or learner.spec.init is None]
-    files = {f"{learner.name}.safetensors": save(_delivered(session, learner)) for learner in kept}
-    session.store.save_result(session.job.key, {"result.json": canonical(result).encode(), **files})
-    return result
-
-
-def _delivered(session: Session, learner: Learner) -> dict[str, torch.Tensor]:
-    keep_best = session.stage.keep == "best" and learner.best_state is not None
-    return dict(learner.best_state or {}) if keep_best else host_state(learner.evaluated)
-
-
-def _member(session: Session, learner: Learner) -> dict[str, Any]:
-    module, info = learner.evaluated, session.splits.info
-    row: dict[str, Any] = {
-        "model": str(learner.spec.model),
-        "trained": bool(learner.terms),
-        "params": cost.parameters(module),
-        "flops": None,
-        "latency_ms": None,
-        "curve": learner.curve,
-        "best_tick": learner.best[0],
-        "monitor_accuracy": None,
-        "best_monitor_accuracy": None,
-        "test_accuracy": None,
-        "test_accuracy_at_best": None,
-    }
-    if not classifies(module):
-        return row
-    with evaluate.evaluating(module):
-        row |= {"flops": cost.flops(module, info), "latency_ms": cost.latency_ms(module, info)}
-    last = evaluate.accuracy(session, module, session.splits.monitor)["accuracy"]
-    test = evaluate.accuracy(session, module, session.splits.test)["accuracy"]
-    row |= {"monitor_accuracy": last, "best_monitor_accuracy": max(last, learner.best[1]), "test_accuracy": test}
-    row["test_accuracy_at_best"] = _test_at_best(session, learner, test)
-    return row
-
-
-def _test_at_best(session: Session, learner: Learner, last: float) -> float:
-    if learner.best_state is None:
-        return last
-    module, kept = learner.evaluated, host_state(learner.evaluated)
-    module.load_state_dict(learner.best_state)
-    found = evaluate.accuracy(session, module, session.splits.test)["accuracy"]
-    module.load_state_dict(kept)
-    return found
-
-
-def environment(session: Session) -> dict[str, Json]:
-    """What is recorded beside a result but is not part of its key."""
-    return {
-        "kdcore": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else _cpu(),
-        "device": str(session.device),
-        "threads": session.job.settings.threads,
-        "precision": session.job.settings.precision,
-    }
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

@@ -77,6 +77,17 @@ class Session:
         """Length of the stage in ticks; schedules count in them."""
         return self.stage.length if self.stage.tick == "epoch" else self.stage.length // self.stage.tick
 
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far; ticks where a source has no passes."""
+        passes = self.source.steps_per_epoch
+        return self.step / passes if passes else float(self.tick)
+
+    @property
+    def over(self) -> bool:
+        """True after the last step, or when a controller ended the stage."""
+        return self.finished or self.step >= self.ticks * self.steps_per_tick
+
     def autocast(self) -> torch.autocast:
         return devices.autocast(self.device, self.job.settings.precision)
 

@@ -1,0 +1,105 @@
+"""Folders that appear at once, whole and sealed: every file's sha256 in a manifest, the manifest's own in itself."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import __version__, files
+from .errors import StorageError
+from .plan import Json, canonical
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+_KEYS = {"format", "kdcore", "files", "sha256"}
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
+
+
+class DamagedError(StorageError):
+    """A folder is not what was committed."""
+
+
+class FormatError(StorageError):
+    """A sound folder of another version of kdcore."""
+
+
+def commit(parent: Path, name: str, content: Mapping[str, bytes]) -> None:
+    """Makes the folder ``parent/name`` with these files and a manifest appear at once, and durably.
+
+    Raises:
+        StorageError: names the folder and the bytes that it needs; nothing of it is left.
+    """
+    temporary = parent / f".tmp-{os.getpid()}-{name}"
+    sealed = {**content, MANIFEST: _manifest(content)}
+    try:
+        with files.storing(parent / name, sum(map(len, sealed.values()))):
+            shutil.rmtree(temporary, ignore_errors=True)
+            files.make_folder(parent)
+            temporary.mkdir()
+            for file, data in sealed.items():
+                files.write_file(temporary / file, data)
+            files.sync(temporary)
+            files.rename(temporary, parent / name)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _manifest(content: Mapping[str, bytes]) -> bytes:
+    entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in content.items()}
+    body: dict[str, Json] = {"format": FORMAT, "kdcore": __version__, "files": entries}
+    return json.dumps({**body, "sha256": _seal(body)}, indent=1).encode()
+
+
+def _seal(body: Mapping[str, Json]) -> str:
+    return hashlib.sha256(canonical(body).encode()).hexdigest()
+
+
+def verify(folder: Path) -> None:
+    """Checks a folder against its manifest, and the manifest against itself.
+
+    Raises:
+        DamagedError: names the first file that is missing, extra or different.
+        FormatError: another kdcore made it.
+        StorageError: it cannot be read, which says nothing about its content.
+    """
+    try:
+        _compare(folder, _read_manifest(folder)["files"])
+    except OSError as error:
+        if error.errno in _DAMAGE:
+            raise DamagedError(str(error.strerror), where=str(error.filename or folder)) from error
+        raise files.storage_error(error, folder, 0) from error
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    data = (folder / MANIFEST).read_bytes()
+    try:
+        manifest = json.loads(data)
+        seal = manifest["sha256"]
+        good = seal == _seal({key: value for key, value in manifest.items() if key != "sha256"})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"unreadable manifest: {error}", where=str(folder)) from error
+    if good and manifest.get("format") != FORMAT:
+        fix = "Use the kdcore that wrote it, or update."
+        text = f"a folder of format {manifest.get('format')}, this kdcore reads {FORMAT}"
+        raise FormatError(text, where=str(folder), fix=fix)
+    if not good or set(manifest) != _KEYS:
+        raise DamagedError("the manifest is not what was written", where=str(folder))
+    return dict(manifest)
+
+
+def _compare(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    found = {path.name for path in folder.iterdir()} - {MANIFEST}
+    if found != set(entries):
+        missing, extra = sorted(set(entries) - found), sorted(found - set(entries))
+        raise DamagedError(f"missing files: {missing or 'none'}, unknown files: {extra or 'none'}", where=str(folder))
+    for name, entry in entries.items():
+        with open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise DamagedError("the content is not what was written", where=str(folder / name))

@@ -1,0 +1,106 @@
+"""The result of a stage: every member's accuracies and costs, its weights, and where it was made."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from .. import __version__
+from ..plan import Json, canonical
+from . import cost, evaluate
+from .member import Learner, classifies, host_state
+from .session import Session
+
+
+def finish(session: Session) -> dict[str, Any]:
+    """Evaluates every member, commits the result to the store, and returns the content of its result.json."""
+    members = {name: _member(session, learner) for name, learner in session.learners.items()}
+    forward = {name: member["flops"] or 0 for name, member in members.items()}
+    images = session.step * session.stage.data.batch_size
+    result = {
+        "key": session.job.key,
+        "name": session.stage.name,
+        "length": session.stage.length,
+        "tick": session.stage.tick,
+        "ticks": session.tick,
+        "step": session.stage.step,
+        "seed": session.seed,
+        "steps": session.step,
+        "seconds": session.seconds,
+        "images_per_second": images / session.seconds if session.seconds else None,
+        "members": members,
+        "flops": {name: learner.passes * forward[name] for name, learner in session.learners.items()},
+        "events": session.events,
+        "warnings": session.warnings,
+        "environment": _environment(session),
+    }
+    kept = [learner for learner in session.learners.values() if learner.terms or learner.spec.init is None]
+    files = {f"{learner.name}.safetensors": save(_delivered(session, learner)) for learner in kept}
+    session.store.save_result(session.job.key, {"result.json": canonical(result).encode(), **files})
+    return result
+
+
+def _delivered(session: Session, learner: Learner) -> dict[str, torch.Tensor]:
+    keep_best = session.stage.keep == "best" and learner.best_state is not None
+    return dict(learner.best_state or {}) if keep_best else host_state(learner.evaluated)
+
+
+def _member(session: Session, learner: Learner) -> dict[str, Any]:
+    module, info = learner.evaluated, session.splits.info
+    row: dict[str, Any] = {
+        "model": str(learner.spec.model),
+        "trained": bool(learner.terms),
+        "params": cost.parameters(module),
+        "flops": None,
+        "latency_ms": None,
+        "curve": learner.curve,
+        "best_tick": learner.best[0],
+        "monitor_accuracy": None,
+        "best_monitor_accuracy": None,
+        "test_accuracy": None,
+        "test_accuracy_at_best": None,
+    }
+    if not classifies(module):
+        return row
+    with evaluate.evaluating(module):
+        row |= {"flops": cost.flops(module, info), "latency_ms": cost.latency_ms(module, info)}
+    last = evaluate.accuracy(session, module, session.splits.monitor)["accuracy"]
+    test = evaluate.accuracy(session, module, session.splits.test)["accuracy"]
+    row |= {"monitor_accuracy": last, "best_monitor_accuracy": max(last, learner.best[1]), "test_accuracy": test}
+    row["test_accuracy_at_best"] = _test_at_best(session, learner, test)
+    return row
+
+
+def _test_at_best(session: Session, learner: Learner, last: float) -> float:
+    if learner.best_state is None:
+        return last
+    module, kept = learner.evaluated, host_state(learner.evaluated)
+    module.load_state_dict(learner.best_state)
+    found = evaluate.accuracy(session, module, session.splits.test)["accuracy"]
+    module.load_state_dict(kept)
+    return found
+
+
+def _environment(session: Session) -> dict[str, Json]:
+    """What is recorded beside a result but is not part of its key."""
+    return {
+        "kdcore": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else _cpu(),
+        "device": str(session.device),
+        "threads": session.job.settings.threads,
+        "precision": session.job.settings.precision,
+    }
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,208 @@
+"""What a run promises: nothing is trained twice, nothing stale is used, a replay asks for the same stages."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from small import RECIPE, file_hash, make_run, weights
+
+import kdcore
+from kdcore.errors import PlanError, PreflightError
+from kdcore.plugins import load_plugins
+
+PLUGIN = """
+import kdcore
+from torch.nn import functional as F
+from torch import nn
+
+@kdcore.hookimpl
+def kdcore_register(registry):
+    registry.loss("mine", Mine)
+
+class Mine(nn.Module):
+    needs = frozenset({"logits"})
+
+    @classmethod
+    def build(cls, shapes, options):
+        return cls()
+
+    def forward(self, student, teacher, batch):
+        return F.mse_loss(student.logits, teacher.logits) * FACTOR
+"""
+
+
+def starts(run):
+    return [record["name"] for record in run.journal.of("start")]
+
+
+def test_a_repeated_run_trains_nothing(tmp_path):
+    first = make_run(tmp_path)
+    result = first.execute()
+    again = make_run(tmp_path)
+    repeated = again.execute()
+    assert starts(again) == starts(first) == ["mlp-2 on labels", "mlp-2 -> mlp-1"]
+    assert repeated["student"] == result["student"]
+    assert all(stage["reused"] for stage in repeated["stages"])
+
+
+def test_another_run_shares_the_teacher(tmp_path):
+    make_run(tmp_path).execute()
+    other = make_run(tmp_path, sets=["objective.1.temperature=2"], name="other")
+    other.execute()
+    assert starts(other) == ["mlp-2 -> mlp-1"]
+
+
+def test_an_edited_plugin_loss_is_trained_again(tmp_path):
+    file = tmp_path / "mine.py"
+    recipe = {**RECIPE, "objective": [{"loss": "cross_entropy"}, {"loss": "mine"}]}
+    hashes = set()
+    for factor in (1, 2):
+        file.write_text(PLUGIN.replace("FACTOR", str(factor)))
+        run = make_run(tmp_path, recipe=recipe, host=load_plugins(files=[file]))
+        run.execute()
+        assert starts(run)[-1] == "mlp-2 -> mlp-1"
+        hashes.add(file_hash(tmp_path / "run" / "student.safetensors"))
+    assert starts(run) == ["mlp-2 on labels", "mlp-2 -> mlp-1", "mlp-2 -> mlp-1"]  # the teacher names no plugin loss
+    assert len(hashes) == 2
+
+
+def test_jobs_1_and_2_give_equal_weights(tmp_path):
+    recipe = {**RECIPE, "controller": [{"name": "dskd"}]}
+    for jobs in (1, 2):
+        make_run(tmp_path / str(jobs), recipe=recipe, jobs=jobs).execute()
+    for member in ("student", "teacher", "control"):
+        assert weights(tmp_path / "1", member) == weights(tmp_path / "2", member)
+
+
+def test_a_control_trained_alone_equals_the_one_trained_side_by_side(tmp_path):
+    for mode in ("shared", "side-by-side"):
+        controller = {"name": "dskd", "mode": mode, "patience": 99}
+        make_run(tmp_path / mode, recipe={**RECIPE, "controller": [controller]}).execute()
+    for member in ("control", "student"):
+        assert weights(tmp_path / "shared", member) == weights(tmp_path / "side-by-side", member)
+
+
+def test_dskd_decides_the_same_in_both_modes(tmp_path):
+    found = {}
+    for mode in ("shared", "side-by-side"):
+        controller = {"name": "dskd", "mode": mode, "patience": 1}
+        objective = [{"loss": "cross_entropy"}, {"loss": "kd", "weight": 50}]
+        train = {"epochs": 6, "teacher": {"epochs": 1}}  # a poor teacher, heeded too much
+        recipe = {**RECIPE, "train": train, "objective": objective, "controller": [controller]}
+        stages = make_run(tmp_path / mode, recipe=recipe).execute()["stages"]
+        found[mode] = [e for s in stages for e in s["events"] if e["kind"] == "set"]
+    assert found["shared"] == found["side-by-side"]
+    assert any(event["target"] == "student.kd.weight" and event["value"] == 0 for event in found["shared"])
+
+
+def test_after_a_stop_the_teacher_no_longer_runs(tmp_path):
+    def teacher_flops(fraction):
+        recipe = {**RECIPE, "train": {"epochs": 4}, "controller": [{"name": "earlystop", "fraction": fraction}]}
+        stages = make_run(tmp_path, recipe=recipe, name=str(fraction)).execute()["stages"]
+        return stages[-1]["flops"]["teacher"]
+
+    assert teacher_flops(0.25) * 3 == teacher_flops(0.75)
+
+
+class Fickle:
+    """A strategy that asks for something else every time."""
+
+    Options = kdcore.Options
+    calls = 0
+
+    def plan(self, run, options):
+        Fickle.calls += 1
+        stage = run.label_only("teacher", run.model({"model": "mlp", "size": Fickle.calls}))
+        yield stage
+        return kdcore.Outcome(stage["teacher"])
+
+
+def test_a_strategy_that_does_not_replay_is_refused(tmp_path):
+    host = load_plugins()
+    host.catalog.entries["strategy"]["distill"][0].__dict__["target"] = Fickle
+    make_run(tmp_path, host=host).execute()
+    with pytest.raises(PlanError, match=r"step 1 was \['mlp-1 on labels'\], now it is \['mlp-2 on labels'\]"):
+        make_run(tmp_path, host=host).execute()
+
+
+def test_a_strategy_never_sees_the_test_split(tmp_path):
+    run = make_run(tmp_path)
+    run.execute()
+    for stage in run.stages.values():
+        for member in run._result(stage).members.values():
+            names = [*vars(member), *(key for row in member.curve for key in row)]
+            assert not [name for name in names if "test" in name]
+
+
+def test_the_weights_file_counts_by_content_not_by_path(tmp_path):
+    make_run(tmp_path).execute()
+    source = next(tmp_path.glob("store/results/*/teacher.safetensors"))
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").write_bytes(source.read_bytes())
+        recipe = {**RECIPE, "teacher": {**RECIPE["teacher"], "weights": str(tmp_path / f"{name}.safetensors")}}
+        run = make_run(tmp_path, recipe=recipe, name=name)
+        run.execute()
+    assert starts(run) == []
+
+
+def test_a_teacher_at_chance_is_a_loud_warning_and_strict_stops(tmp_path):
+    sets = ["train.teacher={lr=1e-6, epochs=1}"]
+    run = make_run(tmp_path, sets=sets)
+    result = run.execute()
+    assert any("at chance" in text for text in result["warnings"])
+    assert any("at chance" in event["text"] for event in run.console.kinds("warning"))
+    assert "at chance" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(PreflightError, match="at chance"):
+        make_run(tmp_path, sets=sets, strict=True).execute()
+    with pytest.raises(PreflightError, match="at chance"):
+        make_run(tmp_path / "fresh", sets=sets, strict=True).execute()
+
+
+def test_a_teacher_below_the_control_is_a_loud_warning(tmp_path):
+    recipe = {**RECIPE, "train": {"epochs": 8, "teacher": {"epochs": 1}}, "controller": [{"name": "dskd"}]}
+    result = make_run(tmp_path, recipe=recipe).execute()
+    assert any("not above the label-only control" in text for text in result["warnings"])
+
+
+def test_result_json_holds_what_it_promises(tmp_path):
+    run = make_run(tmp_path, recipe={**RECIPE, "controller": [{"name": "dskd"}]})
+    run.execute()
+    result = json.loads((tmp_path / "run" / "result.json").read_bytes())
+    for role in ("student", "teacher", "control"):
+        assert set(result[role]) >= {"model", "test_accuracy", "monitor_accuracy", "params"}
+    assert result["protocol"]["selection"] == "last"
+    assert "decided nothing" in result["protocol"]["text"]
+    assert result["versions"]["torch"]
+    assert {"name": "dskd", "distribution": "kdcore", "version": kdcore.__version__} in result["plugins"]
+
+
+def test_keep_best_delivers_the_weights_that_were_best_on_the_monitor_split(tmp_path):
+    sets = ["train.lr=2.0", "train.schedule=constant", "train.epochs=6"]
+    last = make_run(tmp_path, sets=sets, name="last").execute()
+    best = make_run(tmp_path, sets=[*sets, "train.keep=best"], name="best").execute()
+    assert best["protocol"]["selection"] == "best"
+    changed = file_hash(tmp_path / "best/student.safetensors") != file_hash(tmp_path / "last/student.safetensors")
+    assert changed == (last["student"]["best_monitor_accuracy"] > last["student"]["monitor_accuracy"])
+
+
+def test_observers_see_every_event_and_change_nothing(tmp_path):
+    seen = []
+
+    class Observer:
+        @kdcore.hookimpl
+        def kdcore_epoch_finished(self, run, stage, epoch, metrics):
+            seen.append((stage["name"], epoch, metrics["teacher" if "labels" in stage["name"] else "student"]["accuracy"]))
+
+        @kdcore.hookimpl
+        def kdcore_run_finished(self, outcome):
+            seen.append(outcome["student"]["model"])
+
+    host = load_plugins()
+    host.manager.register(Observer(), "observer")
+    host.origins["observer"] = host.origins["core"]
+    make_run(tmp_path / "watched", host=host).execute()
+    make_run(tmp_path / "alone").execute()
+    assert len(seen) == 5
+    assert seen[-1] == "mlp-1"
+    assert weights(tmp_path / "watched") == weights(tmp_path / "alone")
