@@ -22,7 +22,8 @@ _EXPORTS = {
     "plan": ("Stage Member Term Schedule Spec ModelRef ResultRef OptimizerSpec SourceSpec Set Drop Finish Decision "
              "Result MemberResult Outcome TickView Controller Strategy RunView labels_alone Plan Json"),
     "data": "Dataset Split DataInfo Batch Random Source SourceContext",
-    "training": "Outputs StepContext Loss",
+    "outputs": "Outputs Shapes Loss",
+    "training.step": "StepContext",
     "seeds": "derive",
 }  # fmt: skip
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names.split()}
@@ -53,6 +54,9 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .hookspecs import hookimpl as hookimpl
     from .options import Field as Field
     from .options import Options as Options
+    from .outputs import Loss as Loss
+    from .outputs import Outputs as Outputs
+    from .outputs import Shapes as Shapes
     from .plan import Controller as Controller
     from .plan import Decision as Decision
     from .plan import Drop as Drop
@@ -78,9 +82,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .plan import labels_alone as labels_alone
     from .registry import Registrar as Registrar
     from .seeds import derive as derive
-    from .training import Loss as Loss
-    from .training import Outputs as Outputs
-    from .training import StepContext as StepContext
+    from .training.step import StepContext as StepContext
 else:
 
     def __getattr__(name: str) -> Any:

@@ -24,7 +24,8 @@ def kdcore_register(registry: Registrar) -> None:
     for name, about in (("mnist", "28x28 grey digits"), ("cifar10", "32x32 RGB"), ("cifar100", "32x32 RGB")):
         registry.dataset(name, f"{sets}.sets:{name}", options=f"{sets}.options:TorchvisionOptions",
                          about=f"torchvision's {name}, {about}; needs root")  # fmt: skip
-    registry.source("epochs", f"{sets}.source:EpochSource", about="the training split, shuffled every epoch")
+    registry.source("epochs", f"{sets}.source:EpochSource", options="kdcore.options:Options",
+                    about="the training split, shuffled every epoch")  # fmt: skip
     registry.transform("shift", f"{sets}.augment:shift", options=f"{sets}.options:ShiftOptions",
                        about="random translation by at most n pixels, zeros outside (pad-and-crop)")  # fmt: skip
     registry.transform("flip", f"{sets}.augment:flip", options="kdcore.options:Options",

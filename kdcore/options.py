@@ -29,7 +29,8 @@ def _make_scalars_strict(schema: Any) -> None:
 class Plain(BaseModel):
     """Base of everything a recipe holds: frozen, finite, and a number is neither ``true`` nor ``"5"``."""
 
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    # defaults too: the int 0 as a float's default has another JSON, and so another key, than the 0.0 it is read back as
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False, validate_default=True)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
@@ -98,6 +99,7 @@ _TEXTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "less_than_equal": lambda c: f"is above {_bound(c['le'])}",
     "finite_number": lambda c: "is not finite",
     "literal_error": lambda c: f"is not {c['expected']}",
+    "enum": lambda c: f"is not {c['expected']}",
     "string_pattern_mismatch": lambda c: "does not fit",
     "string_too_short": lambda c: "is too short",
     "too_short": lambda c: f"has {c['actual_length']} items, fewer than {c['min_length']}",

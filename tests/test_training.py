@@ -107,7 +107,6 @@ def test_a_terms_warm_up_counts_epochs_from_one(tmp_path):
 
 
 def test_fused_cross_entropy_equals_two_calls(tmp_path):
-    """Named differently the second term cannot be told apart, so hiding the fused method must change nothing but bits."""
     from kdcore.losses import terms
 
     fused = curve(make_run(tmp_path / "a").execute())

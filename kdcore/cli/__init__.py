@@ -26,10 +26,11 @@ def main(argv: list[str] | None = None) -> None:
 def _fail_unforeseen(error: Exception) -> None:
     from ..origin import is_blamed
 
-    kind = type(error).__name__
-    if is_blamed(error):  # the plugin's author needs the last frames, everyone the note that names plugin and line
-        print("".join(traceback.format_tb(error.__traceback__, limit=-3)), end="", file=sys.stderr)
-        _fail(f"a plugin failed: {kind}: {error}", error, 3)
+    if is_blamed(error):
+        head, _, remote = str(error).partition("\nTraceback")  # a worker's, which says more than this process's
+        local = "".join(traceback.format_tb(error.__traceback__, limit=-3))
+        print(f"Traceback{remote}" if remote else local, end="", file=sys.stderr)
+        _fail(f"a plugin failed: {head if remote else f'{type(error).__name__}: {error}'}", error, 3)
     traceback.print_exception(error)
     _fail("this is a bug in kdcore, not in your recipe. Please report the lines above.", None, 1)
 

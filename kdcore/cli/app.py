@@ -79,7 +79,9 @@ def run(
     files, blocked = plugin_file or [], _blocked(block)
     host = _host(blocked, files, strict_plugins)
     with host.blaming():
-        drive(recipe, sets or [], host, jobs, root, store, files, blocked, strict, allow_plugin_change)
+        # absolute, so that `resume` finds it from any folder
+        place = (store or root / "store").resolve()
+        drive(recipe, sets or [], host, jobs, root, place, files, blocked, strict, allow_plugin_change)
 
 
 def resume(

@@ -95,7 +95,7 @@ def _begin(session: Session, inputs: Mapping[str, Any]) -> None:
     else:
         session.warnings = preflight(session, inputs)
     for text in session.warnings:
-        session.emit({"kind": "warning", "text": text})
+        session.emit({"kind": "warning", "text": text, "preflight": True})
     session.emit({"kind": "stage_started", "tick": session.tick, "ticks": session.ticks, "step": session.step})
     session.begin_tick()
 

@@ -1,0 +1,226 @@
+"""A run that is stopped, by a signal, a full disk or a second run, goes on from where it was."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from faults import failing, stored_weights
+
+from kdcore.cli import main
+from kdcore.journal import Journal
+
+PLUGIN = Path(__file__).parent / "pair_plugin.py"
+RECIPE = """
+threads = 1
+data = { name = "digits", batch_size = 64 }
+teacher = { model = "mlp", size = 2 }
+student = { model = "mlp", size = 1 }
+train = { epochs = 20 }
+strategy = { name = "pair", seconds = 0.001 }
+execute = { checkpoint_seconds = 0, log_every = 7 }
+"""
+SIGNALS = [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGINT, 2)]
+
+
+@dataclass
+class Stopped:
+    """How a run ended after a signal."""
+
+    root: Path
+    code: int
+    seconds: float
+    out: str
+    err: str
+
+
+def start(root: Path, *options: str) -> subprocess.Popen:
+    root.mkdir(exist_ok=True)
+    (root / "r.toml").write_text(RECIPE)
+    command = [sys.executable, "-m", "kdcore", "run", "r.toml", "--root", ".", "--plugin-file", str(PLUGIN), *options]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=root, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def wait_for_checkpoints(root: Path, count: int, process: subprocess.Popen) -> None:
+    """Until so many stages have a checkpoint; one that is finished has no more."""
+
+    def begun() -> int:
+        checkpoints = {path.parent for path in root.glob("store/work/*/ckpt-*")}
+        return len(checkpoints) and len(checkpoints) + len(list(root.glob("store/results/*/result.json")))
+
+    while begun() < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def stop(root: Path, number: int, jobs: int, process: subprocess.Popen) -> Stopped:
+    wait_for_checkpoints(root, jobs, process)
+    started = time.monotonic()
+    os.killpg(process.pid, number)  # as Ctrl-C in a terminal does
+    out, err = process.communicate(timeout=60)
+    return Stopped(root, process.returncode, time.monotonic() - started, out, err)
+
+
+def kdcore(capsys, root: Path, *options: str) -> tuple[int, str, str]:
+    """The same command, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdcore.cli.drive.catch_signals", lambda: lambda: 0)
+        patch.chdir(root)
+        (root / "r.toml").write_text(RECIPE)
+        with pytest.raises(SystemExit) as end:
+            main(["run", "r.toml", "--root", ".", "--plugin-file", str(PLUGIN), *options])
+    return int(end.value.code or 0), *capsys.readouterr()
+
+
+def journal(root: Path) -> Journal:
+    return Journal(next(root.glob("r-*/journal.jsonl")))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Two runs at the same time in one store, which nobody stops."""
+    root = tmp_path_factory.mktemp("whole")
+    processes = [start(root / name, "--store", str(root / "store")) for name in ("first", "second")]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    return root
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Runs that were sent each signal with one and two workers, two at a time."""
+    found = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        roots = {jobs: tmp_path_factory.mktemp(f"{number.name}-{jobs}") for jobs in (1, 2)}
+        processes = {jobs: start(root, "--jobs", str(jobs)) for jobs, root in roots.items()}
+        for jobs, process in processes.items():
+            found[number, jobs] = stop(roots[jobs], number, jobs, process)
+    return found
+
+
+# ---------------------------------------------------------------- two runs at once
+
+
+def test_two_runs_at_once_train_each_stage_once_and_end_equal(whole):
+    journals = [journal(whole / name) for name in ("first", "second")]
+    starts = [record["key"] for each in journals for record in each.of("start")]
+    assert len(starts) == len(set(starts)) == 2
+    results = [{record["key"]: record["curves"] for record in each.of("result")} for each in journals]
+    assert results[0] == results[1]
+    students = [next((whole / name).glob("r-*/student.safetensors")) for name in ("first", "second")]
+    assert students[0].read_bytes() == students[1].read_bytes()
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(("number", "jobs"), SIGNALS)
+def test_a_signal_ends_a_run_within_seconds_with_its_exit_code_and_one_message(stopped, number, jobs):
+    end = stopped[number, jobs]
+    assert end.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert end.seconds < 10
+    last = [line for line in end.err.splitlines() if "by a plugin" not in line]
+    assert last == [f"kdcore: Interrupted: stopped by signal {int(number)}. Run the same command to go on."]
+    assert "Traceback" not in end.out + end.err
+
+
+@pytest.mark.parametrize(("number", "jobs"), SIGNALS)
+def test_the_same_command_goes_on_from_there_to_the_same_weights(stopped, whole, tmp_path, capsys, number, jobs):
+    shutil.copytree(stopped[number, jobs].root, tmp_path, dirs_exist_ok=True)
+    before = {path.parent.name: int(path.name[5:]) for path in sorted(tmp_path.glob("store/work/*/ckpt-*"))}
+    assert before
+    assert all(step > 0 for step in before.values())
+    assert kdcore(capsys, tmp_path)[0] == 0
+    starts = {record["key"]: record["step"] for record in journal(tmp_path).of("start")}
+    assert before.items() <= starts.items()
+    assert stored_weights(tmp_path) == stored_weights(whole)
+
+
+def test_a_second_signal_exits_at_once(tmp_path):
+    process = start(tmp_path, "--set", "strategy.seconds=60", "--set", "execute.log_every=1")
+    while not list(tmp_path.glob("r-*/journal.jsonl")) or not list(journal(tmp_path).of("start")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("delay", [0.4, 1.2])
+def test_ctrl_c_while_kdcore_still_starts_is_calm(tmp_path, delay):
+    process = start(tmp_path)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+# ---------------------------------------------------------------- storage, through the command line
+
+
+def check_full_disk(capsys, root: Path, number: int) -> None:
+    with failing(number, 1000):
+        code, _, err = kdcore(capsys, root)
+    assert code == 4, (number, err)
+    assert "No space left on device" in err
+    assert err.endswith("Make room or mend it, then run again.\n")
+    assert "Traceback" not in err
+
+
+def test_a_full_disk_ends_a_run_with_exit_code_4_and_it_goes_on_after(stopped, whole, tmp_path, capsys):
+    shutil.copytree(stopped[signal.SIGTERM, 1].root, tmp_path, dirs_exist_ok=True)
+    for number in (1, 9, 30, 60):
+        check_full_disk(capsys, tmp_path, number)
+    assert kdcore(capsys, tmp_path)[0] == 0
+    assert stored_weights(tmp_path) == stored_weights(whole)
+    with failing() as disk:
+        assert kdcore(capsys, tmp_path)[0] == 0
+    assert disk.count >= 12
+    for number in range(1, disk.count + 1):
+        check_full_disk(capsys, tmp_path, number)
+    assert kdcore(capsys, tmp_path)[0] == 0
+
+
+def test_a_read_only_run_folder_is_a_storage_error(tmp_path, capsys):
+    with failing(1, 1000, errno.EROFS):
+        code, _, err = kdcore(capsys, tmp_path)
+    assert code == 4
+    assert "kdcore: StorageError: " in err
+    assert "Read-only file system" in err
+
+
+def test_a_damaged_journal_is_exit_code_4_and_says_what_to_do(whole, tmp_path, capsys):
+    shutil.copytree(whole / "first", tmp_path, dirs_exist_ok=True)
+    path = next(tmp_path.glob("r-*/journal.jsonl"))
+    path.write_bytes(path.read_bytes().replace(b"ask", b"axk"))
+    code, _, err = kdcore(capsys, tmp_path)
+    assert code == 4
+    assert "line 2 is damaged. Move the run's folder away and run again: finished stages are in the store." in err
+
+
+def test_other_plugins_than_at_the_start_ask_for_a_flag(whole, tmp_path, capsys):
+    shutil.copytree(whole / "first", tmp_path, dirs_exist_ok=True)
+    options = ("--store", str(whole / "store"), "-p", "no:dskd")
+    code, _, err = kdcore(capsys, tmp_path, *options)
+    assert code == 3
+    assert "other plugins (changed: dskd kdcore 0.1.0)" in err
+    assert "--allow-plugin-change" in err
+    assert kdcore(capsys, tmp_path, *options, "--allow-plugin-change")[0] == 0
+    assert kdcore(capsys, tmp_path, *options)[0] == 0  # now these are the run's plugins
+    names = [plugin[0] for plugin in json.loads(next(tmp_path.glob("r-*/run.json")).read_bytes())["plugins"]]
+    assert "dskd" not in names
