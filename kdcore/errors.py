@@ -75,7 +75,7 @@ class PreflightError(KdError):
     exit_code = 9
 
 
-class Interrupted(KdError):
+class Interrupted(KdError):  # noqa: N818 - it is no error
     """A signal stopped the run after a checkpoint; the same command goes on from there."""
 
     def __init__(self, signal_number: int) -> None:

@@ -85,9 +85,7 @@ def kdcore_epoch_finished(
 
 
 @hookspec
-def kdcore_log_line(
-    run: Mapping[str, Any], stage: Mapping[str, Any], step: int, metrics: Mapping[str, float]
-) -> None:
+def kdcore_log_line(run: Mapping[str, Any], stage: Mapping[str, Any], step: int, metrics: Mapping[str, float]) -> None:
     """After the one copy to the host of a log interval: the mean of every term, and images a second."""
 
 

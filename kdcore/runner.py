@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import __version__
+from . import NUMERICS, __version__
 from .errors import PlanError, PluginError, PreflightError
 from .executor import Context, DataCache, Executor
 from .files import replace_file
@@ -74,6 +74,9 @@ class Run:
         result = summarise(self, outcome, time.perf_counter() - started)
         self._deliver(outcome, result)
         self.host.emit("kdcore_run_finished", run=self.info, outcome=result)
+        if result["degraded"] != self.host.muted:
+            result["degraded"] = dict(self.host.muted)  # this last hook muted one more
+            self._deliver(outcome, result)
         return result
 
     # ------------------------------------------------------------ the strategy
@@ -186,23 +189,35 @@ class Run:
     # ------------------------------------------------------------ files
 
     def _record_run(self) -> None:
-        path = self.folder / "run.json"
+        """Writes run.json, and journals plugins and code where they are new."""
         plugins = [[o.plugin, o.distribution, o.version] for o in self.host.origins.values()]
-        previous = [record["plugins"] for record in self.journal.of("run")]
-        if previous and previous[-1] != plugins and not self.allow_plugin_change:
-            changed = [p for p in [*previous[-1], *plugins] if (p in plugins) != (p in previous[-1])]
+        code = digest([NUMERICS, [origin.code for origin in self.host.origins.values()]])
+        previous = list(self.journal.of("run"))
+        if previous and previous[-1]["plugins"] != plugins and not self.allow_plugin_change:
+            changed = [
+                p for p in [*previous[-1]["plugins"], *plugins] if (p in plugins) != (p in previous[-1]["plugins"])
+            ]
             text = ", ".join(" ".join(filter(None, p)) for p in changed)
             raise PluginError(
                 f"the run began with other plugins (changed: {text})",
                 where=str(self.folder),
                 fix="Load the same ones, or give --allow-plugin-change.",
             )
-        if not previous or previous[-1] != plugins:
-            self.journal.append({"kind": "run", "plugins": plugins, "kdcore": __version__})
-        recipe = self.recipe.model_dump(mode="json")
-        files = list(self.settings.plugin_files)
-        about = {"recipe": recipe, "plugins": plugins, "plugin_files": files, "store": self.settings.store}
-        replace_file(path, pretty(about))
+        if not previous or (previous[-1]["plugins"], previous[-1]["code"]) != (plugins, code):
+            self.diverged = bool(previous)  # an edited strategy may ask for something else
+            self.journal.append({"kind": "run", "plugins": plugins, "code": code, "kdcore": __version__})
+        replace_file(self.folder / "run.json", pretty({**self._saved(), "plugins": plugins}))
+
+    def _saved(self) -> dict[str, Json]:
+        """What `kdcore resume` needs; paths in the recipe are relative to ``cwd``."""
+        settings = self.settings
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "store": settings.store,
+            "plugin_files": list(settings.plugin_files),
+            "blocked": list(settings.blocked),
+            "cwd": str(Path.cwd()),
+        }
 
     def _deliver(self, outcome: Outcome, result: dict[str, Any]) -> None:
         """student.safetensors, result.json and report.html, each replaced whole."""

@@ -39,7 +39,7 @@ def main() -> None:
             served = host, Context(host.catalog, DataCache(host.catalog), lambda: signals[0] if signals else 0)
         _serve(job, *served, out)
     sys.stdout.flush()
-    os._exit(0)  # the thread still reads standard input, at which an orderly end of the interpreter would abort
+    os._exit(0)  # an orderly end of the interpreter can abort while the other thread holds standard input
 
 
 def _read(jobs: queue.Queue[Job]) -> None:

@@ -192,7 +192,9 @@ def test_observers_see_every_event_and_change_nothing(tmp_path):
     class Observer:
         @kdcore.hookimpl
         def kdcore_epoch_finished(self, run, stage, epoch, metrics):
-            seen.append((stage["name"], epoch, metrics["teacher" if "labels" in stage["name"] else "student"]["accuracy"]))
+            seen.append(
+                (stage["name"], epoch, metrics["teacher" if "labels" in stage["name"] else "student"]["accuracy"])
+            )
 
         @kdcore.hookimpl
         def kdcore_run_finished(self, outcome):
@@ -206,3 +208,29 @@ def test_observers_see_every_event_and_change_nothing(tmp_path):
     assert len(seen) == 5
     assert seen[-1] == "mlp-1"
     assert weights(tmp_path / "watched") == weights(tmp_path / "alone")
+
+
+GENERATIONS = """
+import kdcore
+
+@kdcore.hookimpl
+def kdcore_register(registry):
+    registry.strategy("mine", Mine)
+
+class Mine:
+    Options = kdcore.Options
+
+    def plan(self, run, options):
+        stage = run.label_only("teacher", run.model({"model": "mlp", "size": SIZE}))
+        yield stage
+        return kdcore.Outcome(stage["teacher"])
+"""
+
+
+def test_an_edited_strategy_is_no_failed_replay(tmp_path):
+    file = tmp_path / "generations.py"
+    for size in (1, 2):
+        file.write_text(GENERATIONS.replace("SIZE", str(size)))
+        run = make_run(tmp_path, recipe={**RECIPE, "strategy": "mine"}, host=load_plugins(files=[file]))
+        run.execute()
+    assert starts(run) == ["mlp-1 on labels", "mlp-2 on labels"]

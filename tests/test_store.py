@@ -179,12 +179,25 @@ def test_an_unknown_file_is_found(store):
         verify(store.root / "results" / KEY)
 
 
-def test_a_newer_format_says_so_and_stays(store):
-    store.save_result(KEY, RESULT)
-    path = store.root / "results" / KEY / MANIFEST
+def make_newer(path: Path) -> None:
     body = {**json.loads(path.read_bytes()), "format": 2, "compression": "zstd"}
     del body["sha256"]
     path.write_text(json.dumps({**body, "sha256": _seal(body)}))
+
+
+def test_a_checkpoint_of_a_newer_format_is_not_used_and_is_replaced(store):
+    folder = store.save_checkpoint(KEY, 1, FILES)
+    make_newer(folder / MANIFEST)
+    assert store.checkpoint(KEY) is None
+    assert "format 2" in store.warnings[0]
+    store.save_checkpoint(KEY, 1, FILES)
+    assert store.checkpoint(KEY) == folder
+
+
+def test_a_newer_format_says_so_and_stays(store):
+    store.save_result(KEY, RESULT)
+    path = store.root / "results" / KEY / MANIFEST
+    make_newer(path)
     with pytest.raises(FormatError, match=r"format 2, this kdcore reads 1.*update"):
         verify(path.parent)
     assert store.result(KEY) is None

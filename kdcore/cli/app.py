@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,9 +97,12 @@ def resume(
     from .drive import drive
 
     saved = _read_json(folder / "run.json", "Give the folder of a run, e.g. runs/digits-1a2b3c4d.")
-    if not {"recipe", "plugin_files", "store"} <= set(saved):
+    if not {"recipe", "plugin_files", "blocked", "store", "cwd"} <= set(saved):
         raise RecipeError("no run of kdcore", where=str(folder / "run.json"), fix="Run the recipe again.")
-    files, blocked = saved["plugin_files"], _blocked(block)
+    files, blocked = saved["plugin_files"], [*saved["blocked"], *_blocked(block)]
+    folder = folder.resolve()
+    if Path(saved["cwd"]).is_dir():
+        os.chdir(saved["cwd"])  # what the recipe's paths are relative to
     host = _host(blocked, files, strict_plugins)
     with host.blaming():
         drive(
