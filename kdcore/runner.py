@@ -193,10 +193,9 @@ class Run:
         plugins = [[o.plugin, o.distribution, o.version] for o in self.host.origins.values()]
         code = digest([NUMERICS, [origin.code for origin in self.host.origins.values()]])
         previous = list(self.journal.of("run"))
-        if previous and previous[-1]["plugins"] != plugins and not self.allow_plugin_change:
-            changed = [
-                p for p in [*previous[-1]["plugins"], *plugins] if (p in plugins) != (p in previous[-1]["plugins"])
-            ]
+        before = previous[-1]["plugins"] if previous else plugins
+        if before != plugins and not self.allow_plugin_change:
+            changed = [p for p in [*before, *plugins] if (p in plugins) != (p in before)]
             text = ", ".join(" ".join(filter(None, p)) for p in changed)
             raise PluginError(
                 f"the run began with other plugins (changed: {text})",

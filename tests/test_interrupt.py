@@ -160,16 +160,6 @@ def test_a_second_signal_exits_at_once(tmp_path):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("delay", [0.4, 1.2])
-def test_ctrl_c_while_kdcore_still_starts_is_calm(tmp_path, delay):
-    process = start(tmp_path)
-    time.sleep(delay)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-
-
 # ---------------------------------------------------------------- storage, through the command line
 
 

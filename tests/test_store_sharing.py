@@ -105,7 +105,7 @@ def test_a_lease_is_not_inherited_by_a_program_that_its_holder_starts(store):
     with store.lease(KEY, pytest.fail):
         sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
     try:
-        assert seconds_until_free(store) < 0.1
+        assert seconds_until_free(store) < 2
     finally:
         sleeper.kill()
         sleeper.wait()
