@@ -1,6 +1,6 @@
 """Files that decide trained weights are recorded, so that nobody changes them without thinking of stored results.
 
-    make numerics        after such a change, and after raising kdcore.NUMERICS if it changes a trained weight
+make numerics        after such a change, and after raising kdcore.NUMERICS if it changes a trained weight
 """
 
 from __future__ import annotations
