@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import queue
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from . import errors
-from .errors import DeviceError, Interrupted, KdError
+from .errors import Interrupted
 from .job import Emit, Job
 from .options import Options
 from .plan import SourceSpec, canonical, encode
+from .pool import Pool, in_order
 from .registry import Catalog
 from .store import Store
-
-TRIES = 3
-PATIENCE = 60.0  # seconds in which an interrupted stage must have written its checkpoint
 
 
 class Executor(Protocol):
@@ -33,8 +21,13 @@ class Executor(Protocol):
     def execute(self, jobs: Sequence[Job], emit: Emit) -> Iterator[tuple[str, dict[str, Any]]]:
         """Runs jobs, each after those that it needs, and yields (key, content of result.json) as they end.
 
-        ``emit`` brings events to the driver, each with the ``key`` and ``name`` of its stage.
+        ``emit`` brings events to the driver, each with the ``key`` and ``name`` of its stage. A run calls this once for
+        every list of stages that its strategy yields.
         """
+        ...
+
+    def close(self) -> None:
+        """Called once, at the end of the run."""
         ...
 
 
@@ -76,9 +69,14 @@ def perform(job: Job, context: Context, emit: Emit) -> dict[str, Any]:
     def send(event: Any) -> None:
         emit({**event, "key": job.key, "name": job.name})
 
+    told: list[str] = []
+
     def check(holder: str = "") -> None:
         if signal_number := context.stopped():
             raise Interrupted(signal_number)
+        if holder and not told:
+            told.append(holder)
+            send({"kind": "waiting", "text": f"{holder} trains this stage; waiting for its result"})
 
     check()  # a signal that came at the end of another stage: do not begin this one
     store = Store(job.settings.store, lambda text: send({"kind": "warning", "text": text}))
@@ -90,187 +88,23 @@ def perform(job: Job, context: Context, emit: Emit) -> dict[str, Any]:
 
 
 class LocalExecutor:
-    """One process with one job, worker processes with more."""
+    """One process with one job, worker processes with more; they stay for the whole run."""
 
     Options = Options
 
     def __init__(self, options: Any, context: Context, jobs: int) -> None:
-        self.context, self.jobs = context, jobs
+        self.context = context
+        self.pool = Pool(jobs, context.stopped) if jobs > 1 else None
 
     def execute(self, jobs: Sequence[Job], emit: Emit) -> Iterator[tuple[str, dict[str, Any]]]:
         """See :class:`Executor`."""
-        if self.jobs == 1:
-            for job in _sorted(jobs):
-                yield job.key, perform(job, self.context, emit)
-        else:
-            yield from _Pool(self.jobs, self.context.stopped, emit).run(jobs)
-
-
-def _sorted(jobs: Sequence[Job]) -> list[Job]:
-    """Jobs in an order in which each comes after what it needs."""
-    todo, done, ordered = list(jobs), set[str](), list[Job]()
-    known = {job.key for job in jobs}
-    while todo:
-        ready = next(job for job in todo if not (set(job.needs) & known) - done)
-        ordered.append(ready)
-        done.add(ready.key)
-        todo.remove(ready)
-    return ordered
-
-
-@dataclass
-class _Worker:
-    process: subprocess.Popen[str]
-    job: Job | None = None
-
-
-@dataclass
-class _Pool:
-    """Worker processes that take one job after the other; a dead one's job is tried again from its checkpoint."""
-
-    size: int
-    stopped: Callable[[], int]
-    emit: Emit
-    messages: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = field(default_factory=queue.Queue)
-    workers: list[_Worker] = field(default_factory=list)
-    tries: dict[str, int] = field(default_factory=dict)
-
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[str, dict[str, Any]]]:
-        todo = _sorted(jobs)
-        missing = {job.key for job in jobs}
-        try:
-            while missing:
-                self._assign(todo, missing)
-                for key, result in self._receive(todo):
-                    missing.discard(key)
-                    yield key, result
-        finally:
-            self._close()
-
-    def _assign(self, todo: list[Job], missing: set[str]) -> None:
-        for job in [job for job in todo if not set(job.needs) & missing]:
-            worker = self._idle(job)
-            if worker is None:
-                return
-            todo.remove(job)
-            worker.job = job
-            assert worker.process.stdin is not None
-            with suppress(OSError):  # it died: the end of its output will say so, and the job is tried again
-                worker.process.stdin.write(job.to_text() + "\n")
-                worker.process.stdin.flush()
-
-    def _idle(self, job: Job) -> _Worker | None:
-        for worker in self.workers:
-            if worker.job is None:
-                return worker
-        if len(self.workers) == self.size:
-            return None
-        worker = _Worker(_spawn(job.settings.threads))
-        self.workers.append(worker)
-        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
-        return worker
-
-    def _listen(self, worker: _Worker) -> None:
-        assert worker.process.stdout is not None
-        with worker.process.stdout as lines, suppress(ValueError):  # a line that a kill cut is not JSON
-            for line in lines:
-                self.messages.put((worker, json.loads(line)))
-        self.messages.put((worker, None))
-
-    def _receive(self, todo: list[Job]) -> Iterator[tuple[str, dict[str, Any]]]:
-        if signal_number := self.stopped():
-            raise Interrupted(signal_number)
-        worker, message = self._next()
-        if worker not in self.workers:
-            return  # the last words of one that is buried
-        if message is None:
-            self._bury(worker, todo)
-        elif message["kind"] == "result":
-            assert worker.job is not None
-            key, worker.job = worker.job.key, None
-            yield key, message["result"]
-        elif message["kind"] == "error":
-            worker.job = None
-            raise _error(message)
-        else:
-            self.emit(message)
-
-    def _next(self) -> tuple[_Worker | None, dict[str, Any] | None]:
-        try:
-            return self.messages.get(timeout=0.1)
-        except queue.Empty:  # a process that the worker forked may outlive it and keep its output open
-            return next((worker for worker in self.workers if worker.process.poll() is not None), None), None
-
-    def _bury(self, worker: _Worker, todo: list[Job]) -> None:
-        self.workers.remove(worker)
-        code = _end(worker.process, time.monotonic() + 5)
-        if worker.job is None:
+        if self.pool is not None:
+            yield from self.pool.run(jobs, emit)
             return
-        job = worker.job
-        self.tries[job.key] = self.tries.get(job.key, 0) + 1
-        if self.tries[job.key] >= TRIES:
-            fix = "If the system killed it, lower --jobs or data.batch_size."
-            raise DeviceError(f"its worker died {TRIES} times (exit code {code})", where=f"stage {job.name!r}", fix=fix)
-        text = f"the worker died (exit code {code}); {job.name} goes on from its last checkpoint"
-        self.emit({"kind": "warning", "text": text, "key": job.key, "name": job.name})
-        todo.insert(0, job)
+        for job in in_order(jobs):
+            yield job.key, perform(job, self.context, emit)
 
-    def _close(self) -> None:
-        """Ends the workers; a stage that is interrupted by that leaves a checkpoint."""
-        for worker in self.workers:
-            if worker.job is not None:
-                worker.process.send_signal(signal.SIGTERM)
-            else:
-                _hang_up(worker.process)
-        deadline = time.monotonic() + PATIENCE
-        for worker in self.workers:
-            _end(worker.process, deadline)
-        self.workers.clear()
-
-
-def _spawn(threads: int) -> subprocess.Popen[str]:
-    # idle OpenMP threads that spin would steal the cores of the other workers
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-    # the driver's own path: with -m, a file like queue.py in the working folder would hide the real one
-    program = f"import sys; sys.path[:] = {sys.path!r}; from kdcore.worker import main; main()"
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-c", program],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches the driver alone, which then stops its workers in order
-        )
-    except OSError as error:
-        raise DeviceError(f"cannot start a worker: {error}", where="execute", fix="Lower --jobs.") from error
-
-
-def _end(process: subprocess.Popen[str], deadline: float) -> int:
-    """Waits for the end of a worker, and makes it end at the deadline; returns its exit code."""
-    try:
-        return process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
-    finally:
-        _hang_up(process)
-
-
-def _hang_up(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    with suppress(OSError):  # a dead worker cannot take what is left in the buffer
-        process.stdin.close()
-
-
-def _error(message: dict[str, Any]) -> Exception:
-    kind = getattr(errors, str(message["type"]), None)
-    if message["type"] == "Interrupted":
-        return Interrupted(int(message["signal"]))
-    if isinstance(kind, type) and issubclass(kind, KdError):
-        error: Exception = kind(message["what"], where=message["where"], fix=message["fix"])
-    else:
-        error = RuntimeError(f"{message['type']}: {message['what']}\n{message['traceback']}")
-    for note in message["notes"]:
-        error.add_note(note)
-    return error
+    def close(self) -> None:
+        """Ends the workers."""
+        if self.pool is not None:
+            self.pool.close()

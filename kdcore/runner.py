@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +57,7 @@ class Run:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     stages: dict[str, Stage] = field(default_factory=dict)
     diverged: bool = False
+    ending: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         self.store = Store(self.settings.store, lambda text: self.handle({"kind": "warning", "text": text}))
@@ -69,8 +72,10 @@ class Run:
         self.journal = Journal(self.folder / "journal.jsonl")
         self._record_run()
         self.host.emit("kdcore_run_started", run=self.info)
-        outcome = self._drive()
-        self._obtain([ref.stage for ref in (outcome.student, outcome.teacher) if ref and isinstance(ref.stage, Stage)])
+        with self.ending:
+            outcome = self._drive()
+            asked = (outcome.student, outcome.teacher)
+            self._obtain([ref.stage for ref in asked if ref is not None and isinstance(ref.stage, Stage)])
         result = summarise(self, outcome, time.perf_counter() - started)
         self._deliver(outcome, result)
         self.host.emit("kdcore_run_finished", run=self.info, outcome=result)
@@ -124,14 +129,18 @@ class Run:
             else:
                 self._accept(self.keys.of(stage), {**stored, "reused": True})
         if missing:
-            executor = self._executor()
-            for key, result in executor.execute([self.keys.job(stage) for stage in missing], self.handle):
-                self._accept(key, {"reused": False, **result})
+            jobs = [self.keys.job(stage) for stage in missing]
+            with closing(self.executor.execute(jobs, self.handle)) as finished:  # type: ignore[type-var]
+                for key, result in finished:
+                    self._accept(key, {"reused": False, **result})
 
-    def _executor(self) -> Executor:
+    @cached_property
+    def executor(self) -> Executor:
+        """Made when the first stage has to be trained."""
         spec = self.recipe.execute
         entry = self.host.catalog.find("executor", spec.name)
         executor: Executor = entry.load()(entry.options_class()(**spec.extras), self.context, self.jobs)
+        self.ending.callback(executor.close)
         return executor
 
     def _accept(self, key: str, result: dict[str, Any]) -> None:

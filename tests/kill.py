@@ -24,7 +24,6 @@ import torch  # noqa: F401
 
 import kdcore.files
 import kdcore.report
-import kdcore.store
 import kdcore.training.loop
 from kdcore.cli import main
 
@@ -79,13 +78,19 @@ def at_boundary(fatal: int, counter: Path) -> Callable[[], None]:
         def die() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-        write, fsync, rename = kdcore.files.write_file, os.fsync, os.rename
+        write, append, fsync, rename = kdcore.files.write_file, os.pwrite, os.fsync, os.rename
 
         def torn_write(path: Path, data: bytes) -> None:
             if boundary():
                 Path(path).write_bytes(data[: len(data) // 2])
                 die()
             write(path, data)
+
+        def torn_append(handle: int, data: bytes, offset: int) -> int:
+            if boundary():
+                append(handle, data[: len(data) // 2], offset)
+                die()
+            return append(handle, data, offset)
 
         def fatal_fsync(handle: int) -> None:
             if boundary():
@@ -100,8 +105,8 @@ def at_boundary(fatal: int, counter: Path) -> Callable[[], None]:
             if before:
                 die()
 
-        kdcore.files.write_file = kdcore.store.write_file = torn_write
-        os.fsync, os.rename = fatal_fsync, fatal_rename
+        kdcore.files.write_file = torn_write
+        os.pwrite, os.fsync, os.rename = torn_append, fatal_fsync, fatal_rename
 
     return prepare
 

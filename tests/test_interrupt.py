@@ -73,12 +73,16 @@ def stop(root: Path, number: int, jobs: int, process: subprocess.Popen) -> Stopp
 
 def kdcore(capsys, root: Path, *options: str) -> tuple[int, str, str]:
     """The same command, in this process."""
+    (root / "r.toml").write_text(RECIPE)
+    return command(capsys, root, "run", "r.toml", "--root", ".", "--plugin-file", str(PLUGIN), *options)
+
+
+def command(capsys, root: Path, *arguments: str) -> tuple[int, str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kdcore.cli.drive.catch_signals", lambda: lambda: 0)
         patch.chdir(root)
-        (root / "r.toml").write_text(RECIPE)
         with pytest.raises(SystemExit) as end:
-            main(["run", "r.toml", "--root", ".", "--plugin-file", str(PLUGIN), *options])
+            main(list(arguments))
     return int(end.value.code or 0), *capsys.readouterr()
 
 
@@ -161,6 +165,21 @@ def test_a_second_signal_exits_at_once(tmp_path):
 
 
 # ---------------------------------------------------------------- storage, through the command line
+
+
+def test_gc_keeps_the_checkpoints_of_a_stopped_run_and_removes_what_no_journal_names(stopped, tmp_path, capsys):
+    root, store = tmp_path / "runs", tmp_path / "runs" / "store"
+    shutil.copytree(stopped[signal.SIGTERM, 1].root, root)
+    before = sorted([*store.glob("work/*/ckpt-*"), *store.glob("results/*")])
+    assert before
+    shutil.copytree(before[-1].parent, store / "work" / ("d" * 64))
+    (store / "results" / ("e" * 64)).mkdir(parents=True)
+    dry = command(capsys, tmp_path, "store", "gc", "--dry-run")
+    assert (store / "results" / ("e" * 64)).is_dir()
+    done = command(capsys, tmp_path, "store", "gc")
+    assert done[1].splitlines()[:-1] == dry[1].splitlines()[:-1]
+    assert done[1].endswith("2 folders removed\n")
+    assert sorted([*store.glob("work/*/ckpt-*"), *store.glob("results/*")]) == before
 
 
 def check_full_disk(capsys, root: Path, number: int) -> None:

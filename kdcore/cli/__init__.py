@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import traceback
 
@@ -11,6 +13,7 @@ from ..errors import KdError
 def main(argv: list[str] | None = None) -> None:
     """Runs ``kdcore`` with these arguments (default: the process's) and exits."""
     arguments = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # an import that Ctrl-C breaks may raise anything
     try:
         from .app import build
 

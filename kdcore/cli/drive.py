@@ -166,8 +166,7 @@ def collect(root: Path, path: Path, dry: bool) -> None:
     """Removes what no journal under ``root`` names."""
     keep = set[str]()
     for journal in sorted(root.glob("*/journal.jsonl")):
-        keep |= {key for record in Journal(journal).of("ask") for key in record["keys"]}
-        keep |= {record["key"] for record in Journal(journal).of("result")}
+        keep |= Journal(journal).keys()
     removed = Store(path).collect(keep, dry)
     for folder in removed:
         print(folder)
