@@ -21,7 +21,7 @@ _EXPORTS = {
     "registry": "Registrar",
     "plan": ("Stage Member Term Schedule Spec ModelRef ResultRef OptimizerSpec SourceSpec Set Drop Finish Decision "
              "Result MemberResult Outcome TickView Controller Strategy RunView labels_alone Plan Json"),
-    "data": "Dataset Split DataInfo Batch Random Source SourceContext",
+    "data": "Dataset Split TrainData DataInfo Batch Random Source SourceContext",
     "outputs": "Outputs Shapes Loss",
     "training.step": "StepContext",
     "seeds": "derive",
@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .data import Source as Source
     from .data import SourceContext as SourceContext
     from .data import Split as Split
+    from .data import TrainData as TrainData
     from .errors import DataError as DataError
     from .errors import DeviceError as DeviceError
     from .errors import Interrupted as Interrupted

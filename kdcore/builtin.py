@@ -26,13 +26,14 @@ def kdcore_register(registry: Registrar) -> None:
                          about=f"torchvision's {name}, {about}; needs root")  # fmt: skip
     registry.source("epochs", f"{sets}.source:EpochSource", options="kdcore.options:Options",
                     about="the training split, shuffled every epoch")  # fmt: skip
-    registry.transform("shift", f"{sets}.augment:shift", options=f"{sets}.options:ShiftOptions",
+    registry.transform("shift", f"{sets}.augment:Shift", options=f"{sets}.options:ShiftOptions",
                        about="random translation by at most n pixels, zeros outside (pad-and-crop)")  # fmt: skip
-    registry.transform("flip", f"{sets}.augment:flip", options="kdcore.options:Options",
+    registry.transform("flip", f"{sets}.augment:Flip", options="kdcore.options:Options",
                        about="random horizontal flip")  # fmt: skip
 
     training = "kdcore.training"
-    registry.step("distill", f"{training}.step:distill", about="every live member once, one update each")
+    registry.step("distill", f"{training}.step:Distill", options="kdcore.options:Options",
+                  about="every live member once, one update each")  # fmt: skip
     for name in ("constant", "cosine", "step"):
         registry.schedule(name, f"{training}.schedules:{name}", options=f"{training}.options:{name.title()}Options")
     registry.optimizer("sgd", f"{training}.optimizers:sgd", options=f"{training}.options:SGDOptions")

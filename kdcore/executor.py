@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .errors import Interrupted
+from .errors import Interrupted, PluginError
 from .job import Emit, Job
+from .keys import code_of
 from .options import Options
-from .plan import SourceSpec, canonical, encode
+from .plan import SourceSpec, canonical, decode, encode
 from .pool import Pool, in_order
 from .registry import Catalog
 from .store import Store
@@ -84,7 +85,19 @@ def perform(job: Job, context: Context, emit: Emit) -> dict[str, Any]:
         found = store.result(job.key)
         if found is not None:
             return {**found, "reused": True}
+        _check_code(job, context.catalog)
         return run_stage(job, context.catalog, context.load, store, send, context.stopped)
+
+
+def _check_code(job: Job, catalog: Catalog) -> None:
+    """Refuses a job whose plugins were edited since its key was made: the result would lie under the old code."""
+    now = code_of(decode(job.name, job.stage), catalog)
+    changed = [code["plugin"] for code in now if code not in job.code]
+    if changed:
+        fix = "Run the same command again: it takes the new code."
+        raise PluginError(
+            f"plugin {changed[0]!r} was edited while the run went on", where=f"stage {job.name!r}", fix=fix
+        )
 
 
 class LocalExecutor:

@@ -51,6 +51,7 @@ class Job:
         name: for people.
         stage: what :func:`kdcore.plan.encode` gave.
         needs: keys whose results must be in the store before it starts.
+        code: of the plugins that it names, as the key holds it; a process that finds another refuses the job.
         settings: how to execute it.
     """
 
@@ -58,6 +59,7 @@ class Job:
     name: str
     stage: Json
     needs: tuple[str, ...]
+    code: Json
     settings: Settings
 
     def to_text(self) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .job import Job, Settings
-from .plan import Json, Schedule, SourceSpec, Stage, digest, encode
+from .plan import BASE_METRICS, Json, Schedule, SourceSpec, Stage, digest, encode
 from .registry import Catalog
 from .store import FORMAT
 
@@ -35,6 +35,7 @@ class Keys:
     fingerprint: Callable[[SourceSpec], str]
     _keys: dict[Stage, str] = field(default_factory=dict)
     _plans: dict[Stage, str] = field(default_factory=dict)
+    _codes: dict[Stage, Json] = field(default_factory=dict)
 
     def of(self, stage: Stage) -> str:
         """The key of a stage."""
@@ -59,33 +60,40 @@ class Keys:
     def job(self, stage: Stage) -> Job:
         """The stage as an executor gets it."""
         needs = tuple(dict.fromkeys(self.of(ref.stage) for ref in stage.inputs() if isinstance(ref.stage, Stage)))
-        return Job(self.of(stage), stage.name, self._encoded(stage), needs, self.settings)
+        return Job(self.of(stage), stage.name, self._encoded(stage), needs, self._code(stage), self.settings)
 
     def _encoded(self, stage: Stage) -> dict[str, Any]:
-        data: dict[str, Any] = encode(stage, self.of)
-        if data["seed"] is None:
-            data["seed"] = self.seed
-        return data
+        return {"seed": self.seed, **encode(stage, self.of)}
 
     def _content(self, stage: Stage) -> Json:
         data = self._encoded(stage)
-        data["data"] = {**data["data"], "dataset": None}
+        data["data"] = {**data["data"], "dataset": None, "own": _source_fingerprint(stage, self.catalog)}
         for member in data["members"].values():
-            if member["model"]["weights"] is not None:
-                member["model"]["weights"] = _file_digest(member["model"]["weights"])
+            if "weights" in member["model"]:
+                member["model"]["weights"] = file_digest(member["model"]["weights"])
         return data
 
     def _code(self, stage: Stage) -> Json:
-        origins = {self.catalog.find(kind, name).origin for kind, name in names(stage)}
-        return sorted((origin.code for origin in origins), key=lambda code: code["plugin"])
+        if stage not in self._codes:
+            self._codes[stage] = code_of(stage, self.catalog)
+        return self._codes[stage]
 
 
-def names(stage: Stage) -> Iterator[tuple[str, str]]:
+def code_of(stage: Stage, catalog: Catalog) -> Json:
+    """Version and source digest, as they are on disk now, of every plugin that a stage names."""
+    origins = {catalog.find(kind, name).origin for kind, name in names(stage, catalog)}
+    return sorted((origin.code() for origin in origins), key=lambda code: code["plugin"])
+
+
+def names(stage: Stage, catalog: Catalog) -> Iterator[tuple[str, str]]:
     """(kind, name) of everything whose code can change what a stage trains."""
-    yield "step", stage.step
+    yield "step", stage.step.name
     yield "source", stage.data.source.name
     yield from (("transform", spec.name) for spec in stage.data.transforms)
-    yield from (("controller", spec.name) for spec in stage.controllers)
+    for spec in stage.controllers:
+        yield "controller", spec.name
+        needs = catalog.find("controller", spec.name).load().needs
+        yield from (("metric", name) for name in needs - BASE_METRICS)
     for member in stage.members.values():
         yield "model", member.model.model
         for term in member.terms:
@@ -98,8 +106,22 @@ def names(stage: Stage) -> Iterator[tuple[str, str]]:
                 yield "schedule", member.optimizer.lr.shape.name
 
 
+def _source_fingerprint(stage: Stage, catalog: Catalog) -> Json:
+    """What a source says of data of its own, e.g. files that it reads; most have none."""
+    spec = stage.data.source
+    entry = catalog.find("source", spec.name)
+    fingerprint = getattr(entry.load(), "fingerprint", None)
+    return None if fingerprint is None else fingerprint(entry.options_class()(**spec.options))
+
+
+def file_digest(path: str) -> str:
+    """sha256 of a file's content; read again only if the file was touched."""
+    about = Path(path).stat()
+    return _file_digest(path, about.st_mtime_ns, about.st_size)
+
+
 @lru_cache(maxsize=64)
-def _file_digest(path: str) -> str:
+def _file_digest(path: str, changed: int, size: int) -> str:
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from traceback import walk_tb
 
@@ -25,9 +24,8 @@ class Origin:
     def __str__(self) -> str:
         return f"{self.plugin} ({self.distribution} {self.version})" if self.distribution else self.plugin
 
-    @cached_property
     def code(self) -> dict[str, str]:
-        """Identity of the plugin's code: distribution version and sha256 of its source files."""
+        """Identity of the plugin's code on disk now: distribution version and sha256 of its source files."""
         return {"plugin": self.plugin, "version": self.version, "source": _digest_files(self.files)}
 
 

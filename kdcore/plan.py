@@ -141,7 +141,7 @@ class Stage:
         tick: how often controllers decide: every epoch, or every n steps.
         controllers: by name; all see the same view, in this order.
         uses: results that controllers read, e.g. the curve of a control.
-        step: the registered kind of step.
+        step: the registered kind of step, with its options.
         seed: None for the run's.
         keep: whether a member's result is its last weights or those best on the monitor split.
     """
@@ -153,14 +153,16 @@ class Stage:
     tick: int | Literal["epoch"] = "epoch"
     controllers: tuple[Spec, ...] = ()
     uses: Mapping[str, ResultRef] = field(default_factory=dict)
-    step: str = "distill"
+    step: Spec = Spec("distill")
     seed: int | None = None
     keep: Literal["last", "best"] = "last"
 
     def __getitem__(self, member: str) -> ResultRef:
+        """The member's result; of one that is only used here, the result that it came from."""
         if member not in self.members:
             raise PlanError(f"no member {member!r}", where=f"stage {self.name!r}", fix=suggest(member, self.members))
-        return ResultRef(self, member)
+        found = self.members[member]
+        return found.init if found.init is not None and not found.terms else ResultRef(self, member)
 
     def inputs(self) -> Iterator[ResultRef]:
         """Every result that this stage needs before it can start."""
@@ -243,7 +245,8 @@ class TickView:
         epoch: passes over the data so far.
         step: steps so far.
         length: ticks of the whole stage.
-        curves: member -> one mapping a tick (``accuracy`` and ``loss`` on the monitor split, and what was asked for).
+        curves: member -> one mapping a tick at which it was trained or taught, with its ``tick``, ``accuracy`` and
+            ``loss`` on the monitor split, and what was asked for.
         used: name -> curve of the result that the stage uses under that name.
         knobs: the current value of every knob.
     """
@@ -258,20 +261,27 @@ class TickView:
 
     def now(self, member: str, metric: str = "accuracy") -> float | None:
         """The metric of a member of this stage, or of a used result at the same tick; None where there is none."""
-        if member in self.curves:
-            curve = self.curves[member]
-            return curve[-1].get(metric) if len(curve) == self.tick else None
-        used = self.used.get(member, ())
-        return used[self.tick - 1].get(metric) if len(used) >= self.tick else None
+        curve = self.curves.get(member) or self.used.get(member, ())
+        return next((row.get(metric) for row in reversed(curve) if row["tick"] == self.tick), None)
 
 
 def labels_alone(view: TickView, member: str, reason: str, weight: float = 1.0) -> list[Decision]:
-    """Decisions that end a member's distillation: every term with a source goes to weight 0, its label terms to
-    ``weight``. The sources then no longer run.
+    """Decisions that end a member's distillation: every term with a source goes to weight 0, its first label term to
+    ``weight``, the others in proportion. The sources then no longer run.
     """
     knobs = {knob: value for knob, value in view.knobs.items() if knob.startswith(f"{member}.")}
     terms = {knob.removesuffix(".source"): value for knob, value in knobs.items() if knob.endswith(".source")}
-    return [Set(f"{term}.weight", weight if source is None else 0.0, reason) for term, source in terms.items()]
+    labels = [term for term, source in terms.items() if source is None]
+    first = float(knobs[f"{labels[0]}.weight"]) if labels else 0.0
+    found: list[Decision] = [Set(f"{term}.weight", 0.0, reason) for term in terms if term not in labels]
+    for term in labels:
+        own = float(knobs[f"{term}.weight"])
+        found.append(Set(f"{term}.weight", weight * own / first if first else weight, reason))
+    return found
+
+
+BASE_METRICS = frozenset({"accuracy", "loss", "grad_norm", "grad_cosine"})
+"""What every tick measures anyway; other names in a controller's ``needs`` are registered metrics."""
 
 
 class Controller(Protocol):
@@ -310,11 +320,11 @@ class RunView:
     model: Callable[[Mapping[str, Json]], ModelRef] = lambda table: ModelRef(**table)
 
     def label_only(self, role: str, model: ModelRef) -> Stage:
-        """A stage that trains ``model`` on labels alone; given weights, it only evaluates and stores them."""
+        """A stage that trains ``model`` on labels alone; a teacher with given weights is only evaluated and stored."""
         teacher = role == "teacher"
         epochs = self.teacher_epochs if teacher and self.teacher_epochs is not None else self.epochs
         optimizer = (self.teacher_optimizer if teacher else None) or self.optimizer
-        if model.weights is not None:
+        if teacher and model.weights is not None:
             return self._stage(f"{model} (given)", {role: Member(model)}, 0)
         return self._stage(f"{model} on labels", {role: Member(model, terms=self.labels, optimizer=optimizer)}, epochs)
 
@@ -340,12 +350,17 @@ def _source_member(ref: ResultRef) -> Member:
 
 
 def encode(value: Any, key_of: Callable[[Stage], str]) -> Json:
-    """A plan word as JSON. Results of other stages become their keys; names for people are left out."""
+    """A plan word as JSON. Results of other stages become their keys; names for people are left out.
+
+    So are fields at their default: a field that is added later changes no key. Changing a default does not either, so
+    that wants a new ``kdcore.NUMERICS``.
+    """
     if isinstance(value, ResultRef):
         return {"stage": value.stage if isinstance(value.stage, str) else key_of(value.stage), "member": value.member}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [f.name for f in dataclasses.fields(value) if not (isinstance(value, Stage) and f.name == "name")]
-        return {name: encode(getattr(value, name), key_of) for name in names}
+        hidden = {"name"} if isinstance(value, Stage) else set()
+        told = [f for f in dataclasses.fields(value) if f.name not in hidden and not _is_default(f, value)]
+        return {f.name: encode(getattr(value, f.name), key_of) for f in told}
     if isinstance(value, Mapping):
         return {str(key): encode(item, key_of) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -353,6 +368,13 @@ def encode(value: Any, key_of: Callable[[Stage], str]) -> Json:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise PlanError(f"{value!r} is not JSON", where="plan", fix="Options hold numbers, strings, lists and tables.")
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    return default is not dataclasses.MISSING and getattr(value, field.name) == default
 
 
 def decode(name: str, data: Json) -> Stage:

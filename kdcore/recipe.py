@@ -231,9 +231,14 @@ def _term(table: ObjectiveTable, catalog: Catalog, where: str) -> Term:
 
 
 def _labels(objective: tuple[Term, ...]) -> tuple[Term, ...]:
-    """The objective of a member that learns from labels alone: the label terms, the first at weight 1."""
-    terms = [term for term in objective if term.source is None] or [Term("core/cross_entropy", None)]
-    return tuple(dataclasses.replace(term, weight=1.0) for term in terms)
+    """The objective of a member that learns from labels alone: the first label term at weight 1, others in
+    proportion.
+    """
+    terms = [term for term in objective if term.source is None] or [Term("core/cross_entropy", None, Schedule())]
+    weights = [term.weight if isinstance(term.weight, Schedule) else Schedule(term.weight) for term in terms]
+    scale = 1 / (weights[0].value or 1.0)
+    scaled = [dataclasses.replace(w, value=w.value * scale or 1.0) for w in weights]
+    return tuple(dataclasses.replace(term, weight=weight) for term, weight in zip(terms, scaled, strict=True))
 
 
 def _optimizer(train: TrainTable, catalog: Catalog, where: str) -> OptimizerSpec:
@@ -243,9 +248,10 @@ def _optimizer(train: TrainTable, catalog: Catalog, where: str) -> OptimizerSpec
 
 
 def _teacher_train(train: TrainTable) -> TrainTable:
-    if "teacher" in train.teacher:
-        fix = "Write its keys one level up, under train.teacher."
-        raise RecipeError("unknown key", where="train.teacher.teacher", fix=fix)
+    for key in ("teacher", "keep"):
+        if key in train.teacher:
+            fix = "It counts for every stage: write train.keep." if key == "keep" else "Write its keys one level up."
+            raise RecipeError("unknown key", where=f"train.teacher.{key}", fix=fix)
     return validate(TrainTable, {**train.model_dump(exclude={"teacher"}), **train.teacher}, "train.teacher")
 
 

@@ -120,11 +120,15 @@ class Registrar:
         self._add("dataset", name, target, options, about)
 
     def source(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
-        """Where batches come from: ``build(options, context) -> Source``; see kdcore.data.source."""
+        """Where batches come from: ``build(options, context) -> Source``; see kdcore.data.source. An attribute
+        ``fingerprint(options)`` says what the content of its own files is, for the key.
+        """
         self._add("source", name, target, options, about)
 
     def transform(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
-        """Augmentation on the device: ``transform(images, random, options) -> images``."""
+        """Augmentation on the device: a class constructed with its options, called with ``(batch, random)``, that
+        returns a batch. ``knobs``, if it has them, join ``data.NAME``.
+        """
         self._add("transform", name, target, options, about)
 
     def strategy(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
@@ -138,7 +142,9 @@ class Registrar:
         self._add("controller", name, target, options, about)
 
     def step(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
-        """``step(ctx: StepContext, batch: Batch) -> None``: forward, losses and updates of one batch."""
+        """Forward, losses and updates of one batch: a class constructed with its options, called with
+        ``(ctx: StepContext, batch: Batch)``. With ``state_dict`` and ``load_state_dict`` it keeps state over a resume.
+        """
         self._add("step", name, target, options, about)
 
     def adapter(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:

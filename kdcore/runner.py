@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -158,6 +160,14 @@ class Run:
             for text in result["warnings"]:
                 name = self.stages[key].name
                 self.handle({"kind": "warning", "key": key, "name": name, "text": text, "preflight": True})
+            self._compare_environment(key, result["environment"])
+
+    def _compare_environment(self, key: str, made: Mapping[str, Json]) -> None:
+        """Says once that a reused result was made by another torch or machine: its bits may differ from ours."""
+        torch = version("torch").partition("+")[0]
+        theirs = f"torch {made['torch'].partition('+')[0]} on {made['machine']}"
+        if theirs != f"torch {torch} on {platform.machine()}":
+            self.handle({"kind": "note", "key": key, "name": self.stages[key].name, "text": f"was made with {theirs}"})
 
     def _result(self, stage: Stage) -> Result:
         """What the strategy sees: monitor accuracies, curves and costs, nothing of the test split."""
@@ -200,7 +210,7 @@ class Run:
     def _record_run(self) -> None:
         """Writes run.json, and journals plugins and code where they are new."""
         plugins = [[o.plugin, o.distribution, o.version] for o in self.host.origins.values()]
-        code = digest([NUMERICS, [origin.code for origin in self.host.origins.values()]])
+        code = digest([NUMERICS, [origin.code() for origin in self.host.origins.values()]])
         previous = list(self.journal.of("run"))
         before = previous[-1]["plugins"] if previous else plugins
         if before != plugins and not self.allow_plugin_change:
@@ -215,6 +225,7 @@ class Run:
             self.diverged = bool(previous)  # an edited strategy may ask for something else
             self.journal.append({"kind": "run", "plugins": plugins, "code": code, "kdcore": __version__})
         replace_file(self.folder / "run.json", pretty({**self._saved(), "plugins": plugins}))
+        self.store.register(self.folder)
 
     def _saved(self) -> dict[str, Json]:
         """What `kdcore resume` needs; paths in the recipe are relative to ``cwd``."""
@@ -224,6 +235,8 @@ class Run:
             "store": settings.store,
             "plugin_files": list(settings.plugin_files),
             "blocked": list(settings.blocked),
+            "threads": settings.threads,
+            "jobs": self.jobs,
             "cwd": str(Path.cwd()),
         }
 
@@ -302,17 +315,21 @@ def make_settings(
     store: Path,
     jobs: int,
     *,
+    threads: int | None = None,
     strict: bool = False,
     plugin_files: tuple[str, ...] = (),
     blocked: tuple[str, ...] = (),
 ) -> Settings:
-    """How this machine executes a recipe: device and threads are settled here."""
+    """How this machine executes a recipe: device and threads are settled here.
+
+    ``threads`` is what a resumed run began with; a recipe that fixes threads counts for more.
+    """
     from .training import device
 
     return Settings(
         store=str(store),
         device=str(device.resolve(recipe.device)),
-        threads=recipe.threads or device.default_threads(jobs),
+        threads=recipe.threads or threads or device.default_threads(jobs),
         precision=recipe.precision,
         channels_last=recipe.channels_last,
         log_every=recipe.execute.log_every,

@@ -5,6 +5,7 @@
     results/<key>/      result.json, <member>.safetensors, MANIFEST.json
     work/<key>/         ckpt-00000123/ (state.json, tensors.safetensors, MANIFEST.json)
     leases/<key>        locked while a process trains that key
+    runs/<hash>         the folder of a run that uses this store
 
 A folder appears under its name in one rename, after every file in it was fsync'd and its manifest, written last, holds
 their sha256. What does not verify is never loaded: it is set aside and reported.
@@ -13,6 +14,7 @@ their sha256. What does not verify is never loaded: it is set aside and reported
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -25,7 +27,7 @@ from typing import Any
 
 from . import archive
 from .errors import StorageError
-from .files import make_folder, remove_folder, rename, storing, sync
+from .files import make_folder, remove_folder, rename, replace_file, storing, sync
 from .folders import FORMAT, MANIFEST, DamagedError, FormatError, commit, verify
 from .locks import if_free, lock_file, try_lock
 
@@ -76,6 +78,16 @@ class Store:
             if not _is_taken(error.__cause__):  # else an unpack was faster
                 raise
         remove_folder(self.root / "work" / key)
+
+    def register(self, run: Path) -> None:
+        """Notes a run that uses this store, so that ``gc`` keeps what its journal names, wherever the run lies."""
+        path = str(run.resolve())
+        replace_file(self.root / "runs" / hashlib.sha256(path.encode()).hexdigest()[:16], path.encode())
+
+    def runs(self) -> list[Path]:
+        """Folders of all runs that use this store and still exist."""
+        notes = (self.root / "runs").glob("[0-9a-f]*")
+        return sorted(path for note in notes if (path := Path(note.read_text())).is_dir())
 
     def stored(self) -> list[str]:
         """Keys of all results, sorted."""

@@ -62,8 +62,8 @@ def _member(run: Run, ref: ResultRef | None) -> dict[str, Any] | None:
         return None
     link = _link(run, ref)
     member = run.results[link["stage"]]["members"][ref.member]
-    kept = ("model", "test_accuracy", "monitor_accuracy", "best_monitor_accuracy", "test_accuracy_at_best",
-            "params", "flops", "latency_ms")  # fmt: skip
+    kept = ("model", "test_accuracy", "monitor_accuracy", "test_accuracy_last", "monitor_accuracy_last",
+            "best_monitor_accuracy", "test_accuracy_at_best", "params", "flops", "latency_ms")  # fmt: skip
     return {**{name: member[name] for name in kept}, **link}
 
 

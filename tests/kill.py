@@ -1,4 +1,5 @@
-"""Kills runs with SIGKILL and checks that running them again ends with the uninterrupted run's weights, by hash.
+"""Kills runs with SIGKILL and checks that running them again ends with the uninterrupted run's weights, curves and
+decisions, by hash.
 
     python tests/kill.py RUNS [SEED [RECIPE PLUGIN_FILE]]
 
@@ -9,6 +10,7 @@ random instant after the first step; every fifth of those runs two worker proces
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -36,7 +38,7 @@ student = { model = "mlp", size = 2, width = 16 }
 train = { epochs = 4, optimizer = { name = "adamw" }, lr = 0.005 }
 strategy = { name = "assistants", assistants = [{ model = "mlp", size = 3, width = 16 }] }
 controller = [{ name = "dskd", patience = 2, mode = "side-by-side" }]
-execute = { checkpoint_seconds = 0, log_every = 7 }
+execute = { checkpoint_seconds = 0.001, log_every = 7 }
 [[objective]]
 loss = "cross_entropy"
 [[objective]]
@@ -133,12 +135,19 @@ def finish(arguments: list[str]) -> None:
         raise SystemExit(f"a run ended with status {status}")
 
 
-def weights_hash(root: Path) -> str:
-    """Of the delivered student and of every member of every stored result."""
-    stored = root.glob("store/results/[0-9a-f]*/*.safetensors")  # a kill may leave a half-written .tmp- folder
-    files = [*sorted(root.glob("*/student.safetensors")), *sorted(stored)]
-    assert len(files) > 1
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+def outcome_hash(root: Path) -> str:
+    """Of the delivered student, and of weights, curves and decisions of every stored result."""
+    folders = sorted(root.glob("store/results/[0-9a-f]*"))  # a kill may leave a half-written .tmp- folder
+    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    assert len(folders) > 1
+    total = hashlib.sha256(next(root.glob("*/student.safetensors")).read_bytes())
+    for file in files:
+        total.update(file.read_bytes())
+    for folder in folders:
+        result = json.loads((folder / "result.json").read_bytes())
+        curves = {name: member["curve"] for name, member in result["members"].items()}
+        total.update(json.dumps([curves, result["events"], result["flops"], result["steps"]]).encode())
+    return total.hexdigest()
 
 
 def kill_at_boundary(arguments: list[str], number: int, counter: Path) -> str:
@@ -169,7 +178,7 @@ def kill_workers(arguments: list[str], delay: float) -> str:
 
 
 def torture(runs: int, seed: int, recipe_text: str, options: list[str]) -> int:
-    """Kills ``runs`` runs; returns how many ended with the right weights."""
+    """Kills ``runs`` runs; returns how many ended with the right outcome."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder, "kill.toml")
@@ -179,8 +188,8 @@ def torture(runs: int, seed: int, recipe_text: str, options: list[str]) -> int:
         started = time.monotonic()
         kill_at_boundary(["run", str(recipe), *options, "--root", str(whole)], 0, counter)
         seconds, boundaries = time.monotonic() - started, int(counter.read_text())
-        expected = weights_hash(whole)
-        print(f"uninterrupted: {seconds:.1f} s, {boundaries} writes, fsyncs and renames, weights {expected[:12]}")
+        expected = outcome_hash(whole)
+        print(f"uninterrupted: {seconds:.1f} s, {boundaries} writes, fsyncs and renames, outcome {expected[:12]}")
         good = 0
         for number in range(runs):
             root = Path(folder, f"run{number}")
@@ -192,10 +201,10 @@ def torture(runs: int, seed: int, recipe_text: str, options: list[str]) -> int:
             else:
                 how = kill_at_instant(arguments, chance.uniform(0.0, 0.8 * seconds))
             finish(arguments)
-            same = weights_hash(root) == expected
+            same = outcome_hash(root) == expected
             good += same
             if not same:
-                print(f"run {number}, killed at {how}: other weights")
+                print(f"run {number}, killed at {how}: another outcome")
             shutil.rmtree(root)
     print(f"{good}/{runs}")
     return good

@@ -25,8 +25,10 @@ def host():
 def test_roles_swap_by_decisions(tmp_path, host):
     recipe = {**RECIPE, "strategy": "swap", "train": {"epochs": 4}}
     stage = make_run(tmp_path, recipe=recipe, host=host).execute()["stages"][-1]
-    curves = {name: [row["epoch"] for row in member["curve"]] for name, member in stage["members"].items()}
-    assert curves == {"student": [1, 2], "teacher": [3, 4]}
+    curves = {name: member["curve"] for name, member in stage["members"].items()}
+    trained = {name: [row["tick"] for row in curve if "train.loss" in row] for name, curve in curves.items()}
+    assert trained == {"student": [1, 2], "teacher": [3, 4]}
+    assert curves["teacher"][0]["accuracy"] == curves["teacher"][1]["accuracy"] != curves["teacher"][3]["accuracy"]
 
 
 def open_players(tmp_path, host):
@@ -51,7 +53,7 @@ def test_the_generators_gradient_through_a_frozen_teacher_equals_autograds(tmp_p
     before = {name: tensor.clone() for name, tensor in generator.module.state_dict().items()}
     frozen = {name: tensor.clone() for name, tensor in teacher.module.state_dict().items()}
     session.context.begin(0)
-    sys.modules["proofs"].two_player(session.context, batch)
+    session.step_kind(session.context, batch)
     found = [parameter.grad.clone() for parameter in generator.parameters]
 
     generator.module.load_state_dict(before)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kdcore.data import Batch, DataInfo, Dataset, Random, SourceContext, Split, load_splits
-from kdcore.data.augment import flip, shift
+from kdcore.data.augment import Flip, Shift, flip, shift
 from kdcore.data.options import DigitsOptions, ShiftOptions, SyntheticOptions, TorchvisionOptions
 from kdcore.data.sets import cifar10, cifar100, digits, mnist, synthetic
 from kdcore.data.source import EpochSource, eval_batches
@@ -26,6 +26,7 @@ from kdcore.options import Options
 CPU = torch.device("cpu")
 SHIFT = partial(shift, options=ShiftOptions(pixels=2))
 FLIP = partial(flip, options=Options())
+MOVED, MIRRORED = Shift(ShiftOptions(pixels=2)), Flip(Options())
 
 
 def make_split(samples: int = 40, dtype: torch.dtype = torch.uint8, seed: int = 0) -> Split:
@@ -42,7 +43,7 @@ def load(train: Split | None = None, test: Split | None = None, classes: int = 4
 
 
 def make_source(splits=None, seed=0, batch_size=8, drop_last=False, transforms=()):
-    context = SourceContext(splits or load(), seed, batch_size, drop_last, tuple(transforms), CPU)
+    context = SourceContext((splits or load()).for_training, seed, batch_size, drop_last, tuple(transforms), CPU)
     return EpochSource(Options(), context)
 
 
@@ -322,7 +323,7 @@ def test_flip_mirrors_about_half():
 
 def test_augmentation_of_a_sample_is_the_same_in_any_batch():
     splits = load()
-    small, large = (make_source(splits, batch_size=n, transforms=[SHIFT, FLIP]) for n in (1, 28))
+    small, large = (make_source(splits, batch_size=n, transforms=[MOVED, MIRRORED]) for n in (1, 28))
     whole = large.batch(1)  # the whole of epoch 1
     for position in range(28):
         one = small.batch(28 + position)
@@ -332,8 +333,8 @@ def test_augmentation_of_a_sample_is_the_same_in_any_batch():
 
 def test_augmentation_changes_with_epoch_and_seed():
     source, other = (
-        make_source(batch_size=28, transforms=[SHIFT]),
-        make_source(batch_size=28, seed=1, transforms=[SHIFT]),
+        make_source(batch_size=28, transforms=[MOVED]),
+        make_source(batch_size=28, seed=1, transforms=[MOVED]),
     )
     images = [b.inputs[b.index.argsort()] for b in (source.batch(0), source.batch(1), other.batch(0))]
     assert not torch.equal(images[0], images[1])
@@ -343,9 +344,9 @@ def test_augmentation_changes_with_epoch_and_seed():
 def test_transforms_run_after_normalisation_in_order():
     seen = []
 
-    def record(name, images, random):
-        seen.append((name, images.mean().abs() < 0.2, random.epoch))
-        return images
+    def record(name, batch, random):
+        seen.append((name, batch.inputs.mean().abs() < 0.2, random.epoch))
+        return batch
 
     make_source(batch_size=28, transforms=[partial(record, "a"), partial(record, "b")]).batch(0)
     assert seen == [("a", True, 0), ("b", True, 0)]
@@ -356,8 +357,8 @@ def test_transforms_run_after_normalisation_in_order():
 
 def test_batch_is_a_pure_function_of_the_step():
     splits = load()
-    forward = [make_source(splits, transforms=[SHIFT]).batch(step) for step in range(12)]
-    source = make_source(splits, transforms=[SHIFT])
+    forward = [make_source(splits, transforms=[MOVED]).batch(step) for step in range(12)]
+    source = make_source(splits, transforms=[MOVED])
     for step in (11, 0, 7, 7, 3, 10, 1):
         assert same(source.batch(step), forward[step])
 
@@ -381,7 +382,7 @@ def test_order_depends_on_seed_data_and_epoch_alone():
 
     base = order(splits)
     torch.manual_seed(9)
-    assert order(splits, transforms=[FLIP]) == base
+    assert order(splits, transforms=[MIRRORED]) == base
     assert order(splits, batch_size=7) == base[:7]
     assert order(splits, seed=1) != base
     assert order(replace(splits, fingerprint="0" * 64)) != base
@@ -389,7 +390,7 @@ def test_order_depends_on_seed_data_and_epoch_alone():
 
 def test_source_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
-    make_source(transforms=[SHIFT, FLIP]).batch(5)
+    make_source(transforms=[MOVED, MIRRORED]).batch(5)
     assert torch.equal(torch.get_rng_state(), state)
 
 

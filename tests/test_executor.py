@@ -64,7 +64,7 @@ def fakes(monkeypatch):
 
 
 def job(name: str, *needs: str, key: str = "") -> Job:
-    return Job(key or name, name, {}, needs, Settings(store=""))
+    return Job(key or name, name, {}, needs, [], Settings(store=""))
 
 
 def run(jobs: list[Job], events: list | None = None, size: int = 2, stopped=lambda: 0) -> list[str]:

@@ -8,7 +8,8 @@ import pytest
 from small import RECIPE, file_hash, make_run, weights
 
 import kdcore
-from kdcore.errors import PlanError, PreflightError
+import kdcore.plan
+from kdcore.errors import PlanError, PluginError, PreflightError
 from kdcore.plugins import load_plugins
 
 PLUGIN = """
@@ -234,3 +235,112 @@ def test_an_edited_strategy_is_no_failed_replay(tmp_path):
         run = make_run(tmp_path, recipe={**RECIPE, "strategy": "mine"}, host=load_plugins(files=[file]))
         run.execute()
     assert starts(run) == ["mlp-1 on labels", "mlp-2 on labels"]
+
+
+METRIC = """
+import kdcore
+import torch
+
+@kdcore.hookimpl
+def kdcore_register(registry):
+    registry.metric("mine", lambda student, teacher, target: torch.full_like(target, VALUE, dtype=torch.float32))
+    registry.controller("by-mine", ByMine)
+
+class ByMine:
+    Options = kdcore.Options
+    needs = frozenset({"mine"})
+
+    def __init__(self, options):
+        pass
+
+    def decide(self, view):
+        return kdcore.labels_alone(view, "student", "mine is high") if view.now("student", "mine") == 1 else []
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+"""
+
+
+def test_an_edited_metric_that_a_controller_needs_is_measured_again(tmp_path):
+    file, events = tmp_path / "measure.py", []
+    for value in (0, 1):
+        file.write_text(METRIC.replace("VALUE", str(value)))
+        recipe = {**RECIPE, "controller": [{"name": "by-mine"}]}
+        result = make_run(tmp_path, recipe=recipe, host=load_plugins(files=[file])).execute()
+        events.append(len(result["stages"][-1]["events"]))
+    assert events == [0, 2]
+
+
+def test_a_plugin_that_is_edited_while_the_run_goes_on_poisons_no_result(tmp_path):
+    file = tmp_path / "heeded.py"
+    file.write_text(PLUGIN.replace("FACTOR", "1"))
+    recipe = {**RECIPE, "objective": [{"loss": "cross_entropy"}, {"loss": "mine"}]}
+    run = make_run(tmp_path, recipe=recipe, host=load_plugins(files=[file]))
+    show = run.console.handle
+
+    def edit(event):
+        show(event)
+        if event["kind"] == "stage_finished":
+            file.write_text(PLUGIN.replace("FACTOR", "0"))
+
+    run.console.handle = edit
+    with pytest.raises(PluginError, match="'heeded' was edited while the run went on"):
+        run.execute()
+    assert len(run.store.stored()) == 1
+
+
+def test_a_weights_file_that_changed_counts_anew_in_the_same_process(tmp_path):
+    make_run(tmp_path).execute()
+    source = next(tmp_path.glob("store/results/*/teacher.safetensors"))
+    other = next(tmp_path.glob("store/results/*/student.safetensors"))
+    given = tmp_path / "given.safetensors"
+    keys = []
+    for path in (source, other):
+        given.write_bytes(path.read_bytes())
+        recipe = {**RECIPE, "teacher": {**RECIPE["teacher"], "weights": str(given)}}
+        run = make_run(tmp_path, recipe=recipe, name="given")
+        keys.append(run.keys.of(run.view.label_only("teacher", run.view.teacher)))
+    assert keys[0] != keys[1]
+
+
+def test_what_is_reported_are_the_weights_that_are_delivered(tmp_path):
+    sets = ["train.lr=2.0", "train.schedule=constant", "train.epochs=6", "train.keep=best"]
+    result = make_run(tmp_path, sets=sets).execute()
+    for role in ("student", "teacher"):
+        assert result[role]["test_accuracy"] == result[role]["test_accuracy_at_best"]
+        assert result[role]["monitor_accuracy"] == result[role]["best_monitor_accuracy"]
+    given = {**RECIPE, "teacher": {**RECIPE["student"], "weights": str(tmp_path / "run" / "student.safetensors")}}
+    again = make_run(tmp_path, recipe=given, name="given").execute()
+    assert again["teacher"]["test_accuracy"] == result["student"]["test_accuracy"]
+
+
+def test_a_member_that_is_only_used_refers_to_where_it_came_from(tmp_path):
+    view = make_run(tmp_path).view
+    teacher = view.label_only("teacher", view.teacher)
+    student = view.distilled(view.student, teacher["teacher"])
+    assert student["teacher"] == teacher["teacher"]
+
+
+def test_a_field_at_its_default_is_not_in_the_key():
+    plain = kdcore.Term("kd")
+    assert kdcore.plan.encode(plain, str) == {"loss": "kd"}
+    assert kdcore.plan.encode(kdcore.Term("kd", weight=2.0), str) == {"loss": "kd", "weight": 2.0}
+
+
+def test_a_resumed_run_keeps_its_threads_and_jobs(tmp_path):
+    run = make_run(tmp_path, jobs=2)
+    run.execute()
+    saved = json.loads((tmp_path / "run" / "run.json").read_bytes())
+    assert (saved["jobs"], saved["threads"]) == (2, 1)
+
+
+def test_gc_keeps_what_runs_elsewhere_use(tmp_path, capsys):
+    from kdcore.cli.drive import collect
+
+    run = make_run(tmp_path / "here")
+    run.execute()
+    collect(tmp_path / "elsewhere", tmp_path / "here" / "store", dry=False)
+    assert len(run.store.stored()) == 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -101,9 +99,9 @@ def test_warm_up_and_schedules_give_the_rates_they_promise():
 
 
 def test_a_terms_warm_up_counts_epochs_from_one(tmp_path):
-    run = make_run(tmp_path, sets=["objective.1.warmup_epochs=4", "train.epochs=4"])
-    shares = [row["share.kd"] for row in curve(run.execute())]
-    assert all(math.isfinite(share) and 0 < share < 1 for share in shares)
+    rows = curve(make_run(tmp_path, sets=["objective.1.warmup_epochs=4", "train.epochs=5"]).execute())
+    weights = [(row["train.loss"] - row["train.cross_entropy"]) / row["train.kd"] for row in rows]
+    assert weights == pytest.approx([0.25, 0.5, 0.75, 1, 1], rel=1e-4)
 
 
 def test_fused_cross_entropy_equals_two_calls(tmp_path):
@@ -121,13 +119,43 @@ def test_fused_cross_entropy_equals_two_calls(tmp_path):
         assert row["train.kd"] == pytest.approx(other["train.kd"], rel=1e-4)
 
 
+AVERAGED = """
+import dataclasses
+import kdcore
+
+@kdcore.hookimpl
+def kdcore_register(registry):
+    registry.strategy("averaged", Averaged)
+
+class Averaged:
+    class Options(kdcore.Options):
+        ema: float | None = None
+
+    def plan(self, run, options):
+        stage = run.label_only("teacher", run.student)
+        member = dataclasses.replace(stage.members["teacher"], ema=options.ema)
+        stage = dataclasses.replace(stage, length=run.epochs, members={"teacher": member})
+        yield stage
+        return kdcore.Outcome(stage["teacher"])
+"""
+
+
 def test_an_average_is_what_is_evaluated_and_delivered(tmp_path):
-    run = make_run(tmp_path, recipe={**RECIPE, "strategy": "two-player"}, host=load_plugins(files=[PROOFS]))
-    run.execute()
-    key = next(key for key, stage in run.stages.items() if stage.name == "players")
-    delivered = load_file(run.store.weights(key, "critic"))
-    assert all(torch.isfinite(tensor).all() for tensor in delivered.values())
-    assert not any(name.startswith("module.") for name in delivered)
+    """One step an epoch: the average after two is decay x the first weights + (1 - decay) x the second."""
+    file = tmp_path / "averaged.py"
+    file.write_text(AVERAGED)
+    steps = ["data.batch_size=100000", "train.schedule=constant"]
+
+    def delivered(name, *sets):
+        recipe = {**RECIPE, "strategy": {"name": "averaged"}}
+        make_run(tmp_path, recipe=recipe, sets=[*steps, *sets], host=load_plugins(files=[file]), name=name).execute()
+        return load_file(tmp_path / name / "student.safetensors")
+
+    first, second = delivered("one", "train.epochs=1"), delivered("two", "train.epochs=2")
+    average = delivered("average", "train.epochs=2", "strategy.ema=0.75")
+    for name, tensor in average.items():
+        torch.testing.assert_close(tensor, 0.75 * first[name] + 0.25 * second[name])
+        assert not torch.equal(tensor, second[name])
 
 
 # ---------------------------------------------------------------- bad numbers, bad input
@@ -228,3 +256,60 @@ def test_terms_that_share_a_name_are_refused(tmp_path):
 def test_a_term_is_called_by_its_short_name():
     assert Term("core/kd").label == "kd"
     assert Term("core/kd", name="hot").label == "hot"
+
+
+def test_a_source_without_epochs_wants_a_tick(tmp_path):
+    recipe = {**RECIPE, "data": {**RECIPE["data"], "source": "stream"}}
+    with pytest.raises(PlanError, match=r"'proofs/stream' has no epochs\. Give the stage a tick"):
+        make_run(tmp_path, recipe=recipe, host=load_plugins(files=[PROOFS])).execute()
+
+
+def test_a_plugins_cross_entropy_is_not_mistaken_for_the_cores(tmp_path):
+    file = tmp_path / "acme.py"
+    file.write_text(PLUGIN_ENTROPY)
+    recipe = {**RECIPE, "objective": [{"loss": "acme/cross_entropy"}, {"loss": "kd"}]}
+    rows = curve(make_run(tmp_path, recipe=recipe, host=load_plugins(files=[file])).execute())
+    assert {row["train.cross_entropy"] for row in rows} == {42.0}
+
+
+PLUGIN_ENTROPY = """
+from typing import ClassVar
+
+import kdcore
+from torch import nn
+
+@kdcore.hookimpl
+def kdcore_register(registry):
+    registry.loss("cross_entropy", Entropy)
+
+class Entropy(nn.Module):
+    needs = frozenset({"logits"})
+
+    class Options(kdcore.Options):
+        on_labels: ClassVar[bool] = True
+
+    @classmethod
+    def build(cls, shapes, options):
+        return cls()
+
+    def forward(self, student, teacher, batch):
+        return student.logits.sum() * 0 + 42
+"""
+
+
+def test_label_terms_keep_their_proportion_where_labels_are_alone(tmp_path):
+    terms = [{"loss": "cross_entropy", "weight": 0.5}, {"loss": "cross_entropy", "name": "soft", "weight": 0.01}]
+    run = make_run(tmp_path, recipe={**RECIPE, "objective": [*terms, {"loss": "kd"}]})
+    assert [term.weight.value for term in run.view.labels] == [1.0, 0.02]
+
+
+def test_a_student_that_starts_from_weights_has_a_control_that_does_too(tmp_path):
+    make_run(tmp_path, sets=["train.epochs=1"]).execute()
+    source = tmp_path / "run" / "student.safetensors"
+    student = {**RECIPE["student"], "weights": str(source)}
+    recipe = {**RECIPE, "student": student, "controller": [{"name": "dskd", "patience": 1}]}
+    run = make_run(tmp_path, recipe=recipe, name="warm")
+    run.execute()
+    control = next(stage for stage in run.stages.values() if "control" in stage.members)
+    assert control.length == 2
+    assert control.members["control"].model.weights == str(source)

@@ -97,7 +97,7 @@ def resume(
     from .drive import drive
 
     saved = _read_json(folder / "run.json", "Give the folder of a run, e.g. runs/digits-1a2b3c4d.")
-    if not {"recipe", "plugin_files", "blocked", "store", "cwd"} <= set(saved):
+    if not {"recipe", "plugin_files", "blocked", "store", "cwd", "threads", "jobs"} <= set(saved):
         raise RecipeError("no run of kdcore", where=str(folder / "run.json"), fix="Run the recipe again.")
     files, blocked = saved["plugin_files"], [*saved["blocked"], *_blocked(block)]
     folder = folder.resolve()
@@ -106,8 +106,8 @@ def resume(
     host = _host(blocked, files, strict_plugins)
     with host.blaming():
         drive(
-            saved["recipe"], [], host, jobs, folder.parent, Path(saved["store"]), files, blocked, strict,
-            allow_plugin_change, folder,
+            saved["recipe"], [], host, jobs or saved["jobs"], folder.parent, Path(saved["store"]), files, blocked,
+            strict, allow_plugin_change, folder, saved["threads"],
         )  # fmt: skip
 
 

@@ -54,6 +54,9 @@ class RunConsole:
         stage = f"{event['name']}: " if event.get("name") else ""
         self._print(f"WARNING  {stage}{event['text']}", "bold yellow")
 
+    def _note(self, event: Event) -> None:
+        self._print(f"{event['name']}: {event['text']}")
+
     def _waiting(self, event: Event) -> None:
         self._print(f"{event['name']}: {event['text']}")
 

@@ -36,13 +36,20 @@ def drive(
     strict: bool,
     allow_plugin_change: bool,
     folder: Path | None = None,
+    threads: int | None = None,
 ) -> None:
     """Runs a recipe to its report and prints the table."""
     recipe = _check(source, sets, host)
     jobs = jobs or recipe.execute.jobs
     files = tuple(str(Path(file).resolve()) for file in plugin_files)
     settings = make_settings(
-        recipe, store or root / "store", jobs, strict=strict, plugin_files=files, blocked=tuple(blocked)
+        recipe,
+        store or root / "store",
+        jobs,
+        threads=threads,
+        strict=strict,
+        plugin_files=files,
+        blocked=tuple(blocked),
     )
     folder = folder or _folder(recipe, source, root)
     with RunConsole() as console:
@@ -163,11 +170,12 @@ def list_store(path: Path) -> None:
 
 
 def collect(root: Path, path: Path, dry: bool) -> None:
-    """Removes what no journal under ``root`` names."""
-    keep = set[str]()
-    for journal in sorted(root.glob("*/journal.jsonl")):
-        keep |= Journal(journal).keys()
-    removed = Store(path).collect(keep, dry)
+    """Removes what no journal names: of a run under ``root``, or of any other that uses the store."""
+    store, keep = Store(path), set[str]()
+    folders = {journal.parent.resolve() for journal in root.glob("*/journal.jsonl")} | set(store.runs())
+    for folder in sorted(folders):
+        keep |= Journal(folder / "journal.jsonl").keys()
+    removed = store.collect(keep, dry)
     for folder in removed:
         print(folder)
     print(f"{len(removed)} folders {'would be ' if dry else ''}removed")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .random import Random
     from .source import Source, SourceContext
     from .splits import load_splits
-    from .types import Batch, DataInfo, Dataset, Split, Splits
+    from .types import Batch, DataInfo, Dataset, Split, Splits, TrainData
 
 _HOME = {
     "Batch": "types",
@@ -23,10 +23,22 @@ _HOME = {
     "SourceContext": "source",
     "Split": "types",
     "Splits": "types",
+    "TrainData": "types",
     "load_splits": "splits",
 }
 
-__all__ = ["Batch", "DataInfo", "Dataset", "Random", "Source", "SourceContext", "Split", "Splits", "load_splits"]
+__all__ = [
+    "Batch",
+    "DataInfo",
+    "Dataset",
+    "Random",
+    "Source",
+    "SourceContext",
+    "Split",
+    "Splits",
+    "TrainData",
+    "load_splits",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from ..options import Options
 from .options import ShiftOptions
 from .random import Random
+from .types import Batch
 
 
 def shift(images: Tensor, random: Random, options: ShiftOptions) -> Tensor:
@@ -31,6 +34,26 @@ def shift(images: Tensor, random: Random, options: ShiftOptions) -> Tensor:
     source = rows[:, :, None] * (width + 2 * pixels) + columns[:, None, :]  # [B, H, W] into a padded plane
     padded = F.pad(images, [pixels] * 4).flatten(2)
     return padded.gather(2, source.flatten(1)[:, None].expand(-1, images.shape[1], -1)).view(images.shape)
+
+
+class Shift:
+    """The transform ``shift``."""
+
+    def __init__(self, options: ShiftOptions) -> None:
+        self.options = options
+
+    def __call__(self, batch: Batch, random: Random) -> Batch:
+        return replace(batch, inputs=shift(batch.inputs, random, self.options))
+
+
+class Flip:
+    """The transform ``flip``."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def __call__(self, batch: Batch, random: Random) -> Batch:
+        return replace(batch, inputs=flip(batch.inputs, random, self.options))
 
 
 def flip(images: Tensor, random: Random, options: Options) -> Tensor:

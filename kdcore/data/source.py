@@ -13,10 +13,10 @@ from ..errors import DataError
 from ..options import Options as NoOptions
 from ..seeds import derive
 from .random import Random
-from .types import Batch, Split, Splits
+from .types import Batch, Split, Splits, TrainData
 
-Transform: TypeAlias = Callable[[Tensor, Random], Tensor]
-"""A registered transform bound to its options: ([B, C, H, W], Random) -> [B, C, H, W]."""
+Transform: TypeAlias = Callable[[Batch, Random], Batch]
+"""A registered transform with its options: it may change inputs and target."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class SourceContext:
     """What a source is built with.
 
     Args:
-        splits: checked data, on any device.
+        data: the checked training split with its statistics, on any device.
         seed: the run's seed.
         batch_size: samples a step.
         drop_last: leave out a ragged last batch.
@@ -32,7 +32,7 @@ class SourceContext:
         device: where batches are wanted.
     """
 
-    splits: Splits
+    data: TrainData
     seed: int
     batch_size: int
     drop_last: bool
@@ -41,7 +41,11 @@ class SourceContext:
 
 
 class Source(Protocol):
-    """Gives batches. ``knobs`` holds what ``Set("data.NAME", value)`` may change, with its current value."""
+    """Gives batches. ``knobs`` holds what ``Set("data.NAME", value)`` may change, with its current value.
+
+    A source that cannot be a pure function of the step (a replay buffer, an iterator) also has ``state_dict`` and
+    ``load_state_dict`` with a flat dict of tensors and JSON values; they go into checkpoints.
+    """
 
     steps_per_epoch: int
     knobs: dict[str, Any]
@@ -58,7 +62,7 @@ class Normalizer:
     std: Tensor  # [C, 1, 1]
 
     @classmethod
-    def of(cls, splits: Splits, device: torch.device | str) -> Normalizer:
+    def of(cls, splits: Splits | TrainData, device: torch.device | str) -> Normalizer:
         mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (splits.mean, splits.std))
         return cls(mean[:, None, None], std[:, None, None])
 
@@ -86,10 +90,10 @@ class EpochSource:
 
     def __init__(self, options: NoOptions, context: SourceContext) -> None:
         self.context = context
-        self.train = context.splits.train.to(context.device)
+        self.train = context.data.split.to(context.device)
         self.steps_per_epoch = _steps(len(self.train), context.batch_size, context.drop_last)
         self.knobs: dict[str, Any] = {}
-        self._normalize = Normalizer.of(context.splits, context.device)
+        self._normalize = Normalizer.of(context.data, context.device)
         self._augment_seed = derive(context.seed, "augment")
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
 
@@ -98,16 +102,16 @@ class EpochSource:
         size = self.context.batch_size
         index = self._epoch_order(epoch)[position * size : (position + 1) * size]
         samples = self.train.take(index)
-        inputs = self._normalize(samples.images)
+        batch = Batch(self._normalize(samples.images), samples.labels, index, epoch)
         random = Random(self._augment_seed, index, epoch)
         for transform in self.context.transforms:
-            inputs = transform(inputs, random)
-        return Batch(inputs, samples.labels, index, epoch)
+            batch = transform(batch, random)
+        return batch
 
     def _epoch_order(self, epoch: int) -> Tensor:
         # 8 bytes a sample are drawn on the host and copied once an epoch: a GPU's own permutation would differ
         if self._order[0] != epoch:
-            seed = derive(self.context.seed, "order", self.context.splits.fingerprint, epoch)
+            seed = derive(self.context.seed, "order", self.context.data.fingerprint, epoch)
             order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
             self._order = (epoch, order.to(self.context.device))
         return self._order[1]

@@ -77,10 +77,34 @@ class Splits:
         """The same splits on ``device``; no copy where they are there already."""
         return replace(self, train=self.train.to(device), monitor=self.monitor.to(device), test=self.test.to(device))
 
+    @property
+    def for_training(self) -> TrainData:
+        """What a source may see."""
+        return TrainData(self.train, self.info, self.mean, self.std, self.fingerprint)
+
     def majority(self, split: SplitName) -> float:
         """Share of the most frequent class: the accuracy of a constant answer."""
         chosen: Split = getattr(self, split)
         return int(chosen.labels.bincount().max()) / len(chosen)
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """What a source gets of :class:`Splits`: neither the monitor nor the test split.
+
+    Args:
+        split: the training split.
+        info: shape and classes.
+        mean: as in :class:`Splits`.
+        std: as in :class:`Splits`.
+        fingerprint: of the whole data set.
+    """
+
+    split: Split
+    info: DataInfo
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +113,7 @@ class Batch:
 
     Args:
         inputs: [B, C, H, W], float32, normalised and augmented.
-        target: [B], int64.
+        target: [B], int64; [B, C] float where a transform mixed labels; None where a source has none.
         index: [B], int64, position in the train split.
         epoch: the epoch that the batch belongs to, from 0; fractional for a source without epochs.
     """

@@ -67,11 +67,11 @@ def view(result: Table) -> dict[str, Any]:
 
 
 def _reported_key(result: Table) -> str:
-    return "test_accuracy" if result["protocol"]["selection"] == "last" else "test_accuracy_at_best"
+    return "test_accuracy_last" if result["protocol"]["selection"] == "last" else "test_accuracy_at_best"
 
 
 def _reported(result: Table, role: str) -> float | None:
-    return number((result[role] or {}).get(_reported_key(result)))
+    return number((result[role] or {}).get("test_accuracy"))
 
 
 def _lede(result: Table) -> str:
@@ -103,9 +103,9 @@ def _headline(result: Table) -> Grid:
     members = [result[role] or {} for role in ROLES]
     student, teacher = members[0], members[1]
     shares = {
-        "Test accuracy, last": "test_accuracy",
+        "Test accuracy, last": "test_accuracy_last",
         "Test accuracy, best on monitor": "test_accuracy_at_best",
-        "Monitor accuracy, last": "monitor_accuracy",
+        "Monitor accuracy, last": "monitor_accuracy_last",
         "Monitor accuracy, best": "best_monitor_accuracy",
     }
     sizes = {"Parameters": ("params", count), "FLOPs": ("flops", scaled), "Latency": ("latency_ms", milliseconds)}
@@ -159,7 +159,7 @@ def _nodes(result: Table) -> list[figures.Node]:
         role = "student" if i == len(links) - 1 else "assistant" if i else "teacher"
         member, stopped = stage["members"][name], stops(stage)
         at = f"{unit(stage)} {stopped[0].at:g}" if stopped and i else ""
-        nodes.append(figures.Node(role, member["model"], percent(member.get(_reported_key(result))), at))
+        nodes.append(figures.Node(role, member["model"], percent(member.get("test_accuracy")), at))
     return nodes
 
 
@@ -174,7 +174,7 @@ def _stage(result: Table, stage: Table, name: str) -> StageView:
 
 
 def _members(result: Table, stage: Table) -> Grid:
-    keys = ("monitor_accuracy", "best_monitor_accuracy", "test_accuracy", "test_accuracy_at_best")
+    keys = ("monitor_accuracy_last", "best_monitor_accuracy", "test_accuracy_last", "test_accuracy_at_best")
     rows = []
     for role, member in shown(result, stage):
         origin = "another stage" if role not in stage["members"] else "trained" if member["trained"] else "frozen"

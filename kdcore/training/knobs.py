@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import PlanError, suggest
@@ -15,11 +15,12 @@ class Knobs:
     """All knobs of a stage.
 
     ``<member>.<term>.weight``, ``.source`` and every option of its loss; ``<member>.lr``; ``data.<name>`` for what the
-    source offers.
+    source or a transform offers in its ``knobs``.
     """
 
-    def __init__(self, learners: Mapping[str, Learner], source: Any) -> None:
-        self.learners, self.source = learners, source
+    def __init__(self, learners: Mapping[str, Learner], data: Sequence[Any]) -> None:
+        self.learners = learners
+        self.data: list[dict[str, Json]] = [part.knobs for part in data if hasattr(part, "knobs")]
         self.values: dict[str, Json] = dict(self._initial())
 
     def _initial(self) -> Iterator[tuple[str, Json]]:
@@ -31,7 +32,8 @@ class Knobs:
                 yield f"{path}.weight", as_schedule(term.spec.weight).value
                 yield f"{path}.source", term.source
                 yield from ((f"{path}.{key}", value) for key, value in term.spec.options.items())
-        yield from ((f"data.{name}", value) for name, value in self.source.knobs.items())
+        for knobs in self.data:
+            yield from ((f"data.{name}", value) for name, value in knobs.items())
 
     def set(self, path: str, value: Json) -> None:
         """Changes a knob; it takes effect at the next step.
@@ -60,7 +62,9 @@ class Knobs:
     def _apply(self, path: str, value: Json) -> None:
         owner, _, name = path.partition(".")
         if owner == "data":
-            self.source.knobs[name] = value
+            for knobs in self.data:
+                if name in knobs:
+                    knobs[name] = value
             return
         label, _, key = name.rpartition(".")
         if not label or key == "weight":

@@ -84,7 +84,6 @@ def _train(session: Session, inputs: Mapping[str, Any], stopped: Callable[[], in
             raise Interrupted(signal)
         clock.checkpoint_if_due()
     clock.stop()
-    state.check_finite(session)
 
 
 def _begin(session: Session, inputs: Mapping[str, Any]) -> None:
@@ -140,7 +139,7 @@ class Clock:
 def _step(session: Session) -> None:
     session.context.begin(session.step)
     batch = session.source.batch(session.step)
-    session.catalog.find("step", session.stage.step).load()(session.context, batch)
+    session.step_kind(session.context, batch)
     session.step += 1
 
 
@@ -155,9 +154,13 @@ def _tick(session: Session, clock: Clock) -> None:
     rates = {learner.name: _rate(session, learner) for learner in session.trained}
     _log(session, clock)
     means = session.meters.take()
+    state.check_finite(session)
     session.tick += 1
     for learner in session.trained:
+        learner.still = None
         learner.curve.append(_measure(session, learner, means, rates[learner.name]))
+    for learner in session.taught_by:
+        learner.curve.append(_still(session, learner))
     now = {learner.name: learner.curve[-1] for learner in session.trained}
     session.emit({"kind": "tick", "tick": session.tick, "ticks": session.ticks, "metrics": now})
     _decide(session)
@@ -171,7 +174,7 @@ def _rate(session: Session, learner: Learner) -> float:
 
 
 def _measure(session: Session, learner: Learner, means: Mapping[str, float], rate: float) -> dict[str, float]:
-    row = {"epoch": session.epoch}
+    row = {"tick": session.tick, "epoch": session.epoch}
     row |= {
         f"train.{name.removeprefix(learner.name + '.')}": value
         for name, value in means.items()
@@ -186,6 +189,13 @@ def _measure(session: Session, learner: Learner, means: Mapping[str, float], rat
         learner.best = (session.tick, row["accuracy"])
         learner.best_state = host_state(learner.evaluated)
     return row
+
+
+def _still(session: Session, learner: Learner) -> dict[str, float]:
+    """The row of a frozen member that others learn from: evaluated once, until it is trained again."""
+    if learner.still is None:
+        learner.still = evaluate.accuracy(session, learner.evaluated, session.splits.monitor)
+    return {"tick": session.tick, "epoch": session.epoch, **learner.still}
 
 
 def _decide(session: Session) -> None:

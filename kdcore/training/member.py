@@ -51,7 +51,7 @@ class Learner:
     dropped: bool = False
     best: tuple[int, float] = (0, -1.0)  # tick, monitor accuracy
     best_state: dict[str, Tensor] | None = None
-    images: int = 0
+    still: dict[str, float] | None = None  # accuracy while it is frozen
     passes: int = 0  # forward passes over an image; a training step counts as three
     curve: list[dict[str, float]] = field(default_factory=list)
 

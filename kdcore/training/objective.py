@@ -8,10 +8,9 @@ from torch import Tensor
 
 from ..data import Batch
 from ..errors import PluginError
+from ..losses.terms import CrossEntropy
 from ..outputs import Outputs
 from .member import LiveTerm
-
-CROSS_ENTROPY = "cross_entropy"
 
 
 def weighted_loss(
@@ -43,7 +42,7 @@ def weighted_loss(
 
 def _fusible(terms: list[LiveTerm]) -> tuple[LiveTerm, LiveTerm] | None:
     """Cross-entropy and one term that computes it in the same passes over the logits."""
-    entropy = [term for term in terms if term.spec.loss.rpartition("/")[2] == CROSS_ENTROPY]
+    entropy = [term for term in terms if isinstance(term.module, CrossEntropy)]
     takers = [term for term in terms if hasattr(term.module, "with_cross_entropy")]
     return (entropy[0], takers[0]) if len(entropy) == 1 and takers else None
 

@@ -14,6 +14,16 @@ from . import cost, evaluate
 from .member import Learner, classifies, host_state
 from .session import Session
 
+ACCURACIES = (
+    "monitor_accuracy",
+    "test_accuracy",
+    "monitor_accuracy_last",
+    "test_accuracy_last",
+    "best_monitor_accuracy",
+    "test_accuracy_at_best",
+)
+"""Shares of a split. The first two are of the weights that are delivered: the last, or those best on the monitor."""
+
 
 def finish(session: Session) -> dict[str, Any]:
     """Evaluates every member, commits the result to the store, and returns the content of its result.json."""
@@ -26,7 +36,7 @@ def finish(session: Session) -> dict[str, Any]:
         "length": session.stage.length,
         "tick": session.stage.tick,
         "ticks": session.tick,
-        "step": session.stage.step,
+        "step": session.stage.step.name,
         "seed": session.seed,
         "steps": session.step,
         "seconds": session.seconds,
@@ -56,32 +66,40 @@ def _member(session: Session, learner: Learner) -> dict[str, Any]:
         "params": cost.parameters(module),
         "flops": None,
         "latency_ms": None,
-        "curve": learner.curve,
+        "curve": learner.curve if learner.terms else [],
         "best_tick": learner.best[0],
-        "monitor_accuracy": None,
-        "best_monitor_accuracy": None,
-        "test_accuracy": None,
-        "test_accuracy_at_best": None,
+        **dict.fromkeys(ACCURACIES),
     }
     if not classifies(module):
         return row
     with evaluate.evaluating(module):
         row |= {"flops": cost.flops(module, info), "latency_ms": cost.latency_ms(module, info)}
-    last = evaluate.accuracy(session, module, session.splits.monitor)["accuracy"]
-    test = evaluate.accuracy(session, module, session.splits.test)["accuracy"]
-    row |= {"monitor_accuracy": last, "best_monitor_accuracy": max(last, learner.best[1]), "test_accuracy": test}
-    row["test_accuracy_at_best"] = _test_at_best(session, learner, test)
-    return row
+    last = _accuracies(session, learner)
+    at_best = _accuracies(session, learner, learner.best_state) if learner.best_state else last
+    delivered = at_best if session.stage.keep == "best" else last
+    return row | {
+        "monitor_accuracy": delivered[0],
+        "test_accuracy": delivered[1],
+        "monitor_accuracy_last": last[0],
+        "test_accuracy_last": last[1],
+        "best_monitor_accuracy": max(last[0], at_best[0]),
+        "test_accuracy_at_best": at_best[1],
+    }
 
 
-def _test_at_best(session: Session, learner: Learner, last: float) -> float:
-    if learner.best_state is None:
-        return last
-    module, kept = learner.evaluated, host_state(learner.evaluated)
-    module.load_state_dict(learner.best_state)
-    found = evaluate.accuracy(session, module, session.splits.test)["accuracy"]
-    module.load_state_dict(kept)
-    return found
+def _accuracies(
+    session: Session, learner: Learner, weights: dict[str, torch.Tensor] | None = None
+) -> tuple[float, float]:
+    """Accuracy on the monitor and on the test split, with these weights or the last ones."""
+    module = learner.evaluated
+    kept = host_state(module) if weights is not None else None
+    if weights is not None:
+        module.load_state_dict(weights)
+    splits = (session.splits.monitor, session.splits.test)
+    monitor, test = (evaluate.accuracy(session, module, split)["accuracy"] for split in splits)
+    if kept is not None:
+        module.load_state_dict(kept)
+    return monitor, test
 
 
 def _environment(session: Session) -> dict[str, Json]:

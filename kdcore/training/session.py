@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, Random, Source, SourceContext, Splits
+from ..data import Batch, Source, SourceContext, Splits
 from ..data.source import eval_batches
 from ..errors import DataError, PlanError, suggest
 from ..job import Emit, Job
 from ..outputs import Shapes
-from ..plan import Json, ResultRef, Stage, Term, decode
+from ..plan import BASE_METRICS, Json, ResultRef, Spec, Stage, Term, decode
 from ..registry import Catalog, blame
 from ..store import Store
 from . import device as devices
 from .knobs import Knobs
-from .member import Learner, LiveTerm, Tapped, build_model, load_weights, make_ema
+from .member import Learner, LiveTerm, Tapped, build_model, classifies, load_weights, make_ema
 from .meters import Meters
 from .schedules import as_schedule, compile_schedule
 from .step import StepContext
-
-BASE_METRICS = frozenset({"accuracy", "loss", "grad_norm", "grad_cosine"})
 
 
 @dataclass
@@ -39,6 +36,7 @@ class Session:
     emit: Emit
     splits: Splits
     source: Source
+    step_kind: Callable[[StepContext, Batch], None]
     device: torch.device
     learners: dict[str, Learner]
     knobs: Knobs
@@ -120,6 +118,12 @@ class Session:
         """Members that are trained now."""
         return [self.learners[name] for name in self.context.trained]
 
+    @property
+    def taught_by(self) -> list[Learner]:
+        """Frozen classifiers that a trained member learns from now."""
+        frozen = [self.learners[name] for name in self.context.sources if name not in self.context.trained]
+        return [learner for learner in frozen if classifies(learner.module)]
+
 
 def open_session(
     job: Job, catalog: Catalog, splits: Splits, store: Store, emit: Emit, used: Mapping[str, Any]
@@ -133,11 +137,14 @@ def open_session(
     _build_terms(stage, learners, catalog, splits)
     for learner in learners.values():
         _build_optimizer(stage, learner, catalog)
-    source = _build_source(stage, catalog, splits, device, learners)
-    controllers = [_build_controller(spec.name, spec.options, catalog) for spec in stage.controllers]
+    source, transforms = _build_source(stage, catalog, splits, device, learners)
+    controllers = [
+        (spec.name.rpartition("/")[2], _constructed("controller", spec, catalog)) for spec in stage.controllers
+    ]
     needs = frozenset().union(*(controller.needs for _, controller in controllers)) - BASE_METRICS
     return Session(
-        job, stage, catalog, store, emit, splits, source, device, learners, Knobs(learners, source), controllers, used,
+        job, stage, catalog, store, emit, splits, source, _constructed("step", stage.step, catalog), device, learners,
+        Knobs(learners, [source, *transforms]), controllers, used,
         metrics={name: catalog.find("metric", name).load() for name in sorted(needs)},
         probe=_probe(stage, splits, device),
     )  # fmt: skip
@@ -206,10 +213,11 @@ def _wanted_taps(stage: Stage, catalog: Catalog) -> dict[str, set[str]]:
         for term in member.terms:
             entry = catalog.find("loss", term.loss)
             cls = entry.load()
-            if "taps" in cls.needs and term.source is not None:
+            if "taps" in cls.needs:
                 own, other = cls.taps(entry.options_class()(**term.options))
                 wanted[name] |= set(own)
-                wanted[term.source] |= set(other)
+                if term.source is not None:
+                    wanted[term.source] |= set(other)
     return wanted
 
 
@@ -257,24 +265,25 @@ def _build_optimizer(stage: Stage, learner: Learner, catalog: Catalog) -> None:
 
 def _build_source(
     stage: Stage, catalog: Catalog, splits: Splits, device: torch.device, learners: Mapping[str, Learner]
-) -> Source:
+) -> tuple[Source, list[Any]]:
     assert stage.seed is not None
     spec = stage.data
-    transforms = []
-    for item in spec.transforms:
-        entry = catalog.find("transform", item.name)
-        transforms.append(partial(_transform, entry.load(), entry.options_class()(**item.options)))
-    context = SourceContext(splits, stage.seed, spec.batch_size, spec.drop_last, tuple(transforms), device)
-    entry = catalog.find("source", spec.source.name)
-    with blame(entry.origin, f"building source {entry.full_name!r}"):
-        source: Source = entry.load()(entry.options_class()(**spec.source.options), context)
-    if stage.tick == "epoch":
+    transforms = [_constructed("transform", item, catalog) for item in spec.transforms]
+    context = SourceContext(splits.for_training, stage.seed, spec.batch_size, spec.drop_last, tuple(transforms), device)
+    source: Source = _constructed("source", spec.source, catalog, context)
+    if stage.tick == "epoch" and stage.length:
+        if source.steps_per_epoch < 1:
+            fix = "Give the stage a tick and a length in steps."
+            raise PlanError(f"source {spec.source.name!r} has no epochs", where=f"stage {stage.name!r}", fix=fix)
         _check_batches(stage, splits, learners)
-    return source
+    return source, transforms
 
 
-def _transform(function: Callable[..., Tensor], options: Any, images: Tensor, random: Random) -> Tensor:
-    return function(images, random, options)
+def _constructed(kind: str, spec: Spec, catalog: Catalog, *arguments: Any) -> Any:
+    """A registered class with its options."""
+    entry = catalog.find(kind, spec.name)
+    with blame(entry.origin, f"building {kind} {entry.full_name!r}"):
+        return entry.load()(entry.options_class()(**spec.options), *arguments)
 
 
 def _check_batches(stage: Stage, splits: Splits, learners: Mapping[str, Learner]) -> None:
@@ -285,12 +294,6 @@ def _check_batches(stage: Stage, splits: Splits, learners: Mapping[str, Learner]
             if smallest < getattr(term.module, "min_batch", 1):
                 problem = f"a batch of {smallest} has no class statistics (loss {term.spec.loss!r})"
                 raise DataError(problem, where="data.batch_size", fix="Use at least 2, and drop_last = true.")
-
-
-def _build_controller(name: str, options: Mapping[str, Json], catalog: Catalog) -> tuple[str, Any]:
-    entry = catalog.find("controller", name)
-    with blame(entry.origin, f"building controller {entry.full_name!r}"):
-        return entry.name, entry.load()(entry.options_class()(**options))
 
 
 def _probe(stage: Stage, splits: Splits, device: torch.device) -> Batch:

@@ -36,20 +36,24 @@ def unpack(session: Session, folder: Path) -> None:
     for learner in session.learners.values():
         _restore(learner, state["members"][learner.name], tensors)
     session.knobs.restore(state["knobs"])
+    for name, part in _stateful(session).items():
+        part.load_state_dict({**state["parts"][name], **_under(tensors, f"{name}//")})
 
 
 def check_finite(session: Session) -> None:
     """Refuses weights that are not finite: they never reach a file.
 
     Raises:
-        NumericError: names stage, step, member and parameter.
+        NumericError: names stage, step, member and tensor.
     """
-    for learner in session.trained:
-        named = [(n, p) for n, p in learner.module.named_parameters() if p.is_floating_point()]
-        bad = torch.stack([~torch.isfinite(p).all() for _, p in named]).tolist()  # one sync a member
+    for learner in session.learners.values():
+        named = [(n, t) for n, t in learner.module.state_dict().items() if t.is_floating_point()]
+        if not learner.terms or not named:
+            continue
+        bad = torch.stack([~torch.isfinite(t).all() for _, t in named]).tolist()  # one sync a member
         if any(bad):
             name = next(n for (n, _), is_bad in zip(named, bad, strict=True) if is_bad)
-            where = f"stage {session.stage.name!r}, step {session.step}, member {learner.name!r}, parameter {name!r}"
+            where = f"stage {session.stage.name!r}, step {session.step}, member {learner.name!r}, {name!r}"
             raise NumericError("not finite", where=where, fix="Lower train.lr or set train.clip.")
 
 
@@ -65,6 +69,7 @@ def _state(session: Session) -> dict[str, Json]:
         "counts": session.meters.counts,
         "knobs": session.knobs.values,
         "controllers": [controller.state_dict() for _, controller in session.controllers],
+        "parts": {name: _split(part.state_dict())[0] for name, part in _stateful(session).items()},
         "members": {learner.name: _member_state(learner) for learner in session.learners.values()},
     }
 
@@ -83,12 +88,26 @@ def _tensors(session: Session) -> Iterator[tuple[str, Tensor]]:
     for learner in session.learners.values():
         for part, state in _parts(learner).items():
             yield from ((f"{learner.name}/{part}/{name}", tensor) for name, tensor in state.items())
+    for owner, keeper in _stateful(session).items():
+        yield from ((f"{owner}//{name}", tensor) for name, tensor in _split(keeper.state_dict())[1].items())
+
+
+def _stateful(session: Session) -> dict[str, Any]:
+    """Source and step kind, where they keep state."""
+    parts = {"source": session.source, "step": session.step_kind}
+    return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+
+def _split(state: dict[str, Any]) -> tuple[dict[str, Json], dict[str, Tensor]]:
+    """JSON values and tensors of a flat state."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in state.items() if name not in tensors}, tensors
 
 
 def _parts(learner: Learner) -> dict[str, dict[str, Tensor]]:
     """The tensors of a learner that training can change, by part."""
-    if not learner.terms:
-        return {}
+    if not learner.terms:  # frozen for good, but its buffers may be a memory bank
+        return {"buffers": dict(learner.module.named_buffers())}
     parts = {"model": learner.module.state_dict(), "best": learner.best_state or {}}
     if learner.ema is not None:
         parts["ema"] = learner.ema.state_dict()
@@ -124,6 +143,7 @@ def _restore(learner: Learner, saved: dict[str, Any], tensors: dict[str, Tensor]
     learner.dropped, learner.passes, learner.curve = saved["dropped"], saved["passes"], saved["curve"]
     learner.best = (saved["best"][0], saved["best"][1])
     if not learner.terms:
+        learner.module.load_state_dict(_under(tensors, f"{learner.name}/buffers/"), strict=False)
         return
     learner.module.load_state_dict(_under(tensors, f"{learner.name}/model/"))
     learner.best_state = {n: t.cpu() for n, t in _under(tensors, f"{learner.name}/best/").items()} or None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Batch
+from ..options import Options as NoOptions
 from ..outputs import Outputs
 from ..seeds import derive
 from . import device
@@ -38,7 +39,15 @@ class StepContext:
         """Where tensors live."""
         return self._session.device
 
-    def forward(self, name: str, inputs: Tensor, *, through: bool = False) -> Outputs:
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """What :meth:`backward` and :meth:`apply` change of a member: its own parameters and its adapters'."""
+        return self._session.learners[name].parameters
+
+    def knob(self, path: str) -> Any:
+        """The current value of a knob, e.g. ``data.difficulty``."""
+        return self._session.knobs.values[path]
+
+    def forward(self, name: str, *inputs: Any, through: bool = False) -> Outputs:
         """Runs a member.
 
         A trained member runs in training mode with gradients. A frozen one runs in evaluation mode, and without a graph
@@ -46,16 +55,17 @@ class StepContext:
 
         Args:
             name: the member.
-            inputs: [B, ...] on the device; images for a classifier.
+            inputs: what the module takes, on the device: images [B, C, H, W] for a classifier.
             through: keep a frozen member's graph.
         """
         session = self._session
         learner = session.learners[name]
         trained = name in self.trained
-        learner.passes += len(inputs) * (3 if trained else 1)
+        images = next((len(x) for x in inputs if isinstance(x, Tensor)), 0)
+        learner.passes += images * (3 if trained else 1)
         device.seed_dropout(session.device, self.seed(name))
         with torch.set_grad_enabled(trained or through), session.autocast():
-            logits = learner.module(inputs)
+            logits = learner.module(*inputs)
         taps = dict(learner.tapped.taps) if learner.tapped is not None else {}
         return Outputs(logits, taps)
 
@@ -66,11 +76,12 @@ class StepContext:
         self.record(f"{name}.loss", total)
         return total
 
-    def backward(self, name: str, loss: Tensor) -> None:
-        """Gradients of ``loss`` for the parameters of this member alone."""
+    def backward(self, name: str, loss: Tensor, *, accumulate: bool = False) -> None:
+        """Gradients of ``loss`` for the parameters of this member alone, added to those there if ``accumulate``."""
         learner = self._session.learners[name]
         assert learner.optimizer is not None, "a trained member has an optimizer"
-        learner.optimizer.zero_grad(set_to_none=True)
+        if not accumulate:
+            learner.optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=learner.parameters)  # type: ignore[no-untyped-call]
 
     def apply(self, name: str) -> None:
@@ -106,14 +117,21 @@ class StepContext:
         self._calls.clear()
 
 
-def distill(ctx: StepContext, batch: Batch) -> None:
+class Distill:
     """Every source once, then forward, objective and backward of each trained member, then all updates.
 
     Members that nobody learns from run one after another, so that only one graph is alive at a time.
     """
-    shared = {name: ctx.forward(name, batch.inputs, through=through) for name, through in ctx.sources.items()}
-    for name in ctx.trained:
-        own = shared[name] if name in shared else ctx.forward(name, batch.inputs)
-        ctx.backward(name, ctx.loss(name, own, shared, batch))
-    for name in ctx.trained:
-        ctx.apply(name)
+
+    Options = NoOptions
+
+    def __init__(self, options: NoOptions) -> None:
+        pass
+
+    def __call__(self, ctx: StepContext, batch: Batch) -> None:
+        shared = {name: ctx.forward(name, batch.inputs, through=through) for name, through in ctx.sources.items()}
+        for name in ctx.trained:
+            own = shared[name] if name in shared else ctx.forward(name, batch.inputs)
+            ctx.backward(name, ctx.loss(name, own, shared, batch))
+        for name in ctx.trained:
+            ctx.apply(name)

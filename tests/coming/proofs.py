@@ -20,7 +20,7 @@ def kdcore_register(registry):
     registry.strategy("swap", SwapStrategy)
     registry.controller("swap", Swap)
     registry.strategy("two-player", TwoPlayer)
-    registry.step("two-player", two_player)
+    registry.step("two-player", TwoPlayerStep)
     registry.model("generator", build_generator)
     registry.model("critic", build_critic)
     registry.loss("fool", Fool)
@@ -66,6 +66,8 @@ class Swap:
         self.learner = "student"
 
     def decide(self, view: kdcore.TickView) -> Iterable[kdcore.Decision]:
+        if view.now("student") is None or view.now("teacher") is None:
+            raise AssertionError("a controller sees the one that is frozen too")
         if view.tick % 2:
             return []
         old, new = self.learner, "teacher" if self.learner == "student" else "student"
@@ -113,21 +115,34 @@ def players(run: kdcore.RunView, teacher: kdcore.ResultRef) -> kdcore.Stage:
         ),
         "teacher": kdcore.Member(run.teacher, teacher),
     }
-    return kdcore.Stage("players", members, run.data, run.epochs, step="two-player", seed=run.seed)
+    return kdcore.Stage("players", members, run.data, run.epochs, step=kdcore.Spec("two-player"), seed=run.seed)
 
 
-def two_player(ctx: kdcore.StepContext, batch: kdcore.Batch) -> None:
-    noise = torch.randn(len(batch.target), NOISE, generator=ctx.generator("generator"), device=ctx.device)
-    fake = ctx.forward("generator", noise)
-    judges = {
-        "critic": ctx.forward("critic", fake.logits),
-        "teacher": ctx.forward("teacher", fake.logits, through=True),
-    }
-    ctx.backward("generator", ctx.loss("generator", fake, judges, batch))
-    ctx.apply("generator")
-    both = ctx.forward("critic", torch.cat([batch.inputs, fake.logits.detach()]))
-    ctx.backward("critic", ctx.loss("critic", both, {}, batch))
-    ctx.apply("critic")
+class TwoPlayerStep:
+    Options = kdcore.Options
+
+    def __init__(self, options):
+        self.contrast = torch.ones(())  # a running mean, which a resume must not lose
+
+    def state_dict(self):
+        return {"contrast": self.contrast}
+
+    def load_state_dict(self, state):
+        self.contrast = state["contrast"]
+
+    def __call__(self, ctx: kdcore.StepContext, batch: kdcore.Batch) -> None:
+        noise = torch.randn(len(batch.target), NOISE, generator=ctx.generator("generator"), device=ctx.device)
+        fake = ctx.forward("generator", noise)
+        judges = {
+            "critic": ctx.forward("critic", fake.logits),
+            "teacher": ctx.forward("teacher", fake.logits, through=True),
+        }
+        ctx.backward("generator", ctx.loss("generator", fake, judges, batch))
+        ctx.apply("generator")
+        both = ctx.forward("critic", torch.cat([batch.inputs, fake.logits.detach()]))
+        self.contrast = 0.9 * self.contrast + 0.1 * both.logits.detach().std()
+        ctx.backward("critic", ctx.loss("critic", both, {}, batch) / (1 + self.contrast))
+        ctx.apply("critic")
 
 
 class Generator(nn.Sequential):
@@ -202,12 +217,12 @@ class Stream:
         self.knobs: dict[str, Any] = {"difficulty": 0.1}
 
     def batch(self, step: int) -> kdcore.Batch:
-        splits, size = self.context.splits, self.context.batch_size
+        train, size = self.context.data.split, self.context.batch_size
         generator = torch.Generator().manual_seed(kdcore.derive(self.context.seed, "stream", step))
-        index = torch.randint(len(splits.train), (size,), generator=generator)
-        images = splits.train.images[index].float() / 255
+        index = torch.randint(len(train), (size,), generator=generator)
+        images = train.images[index].float() / 255
         noise = torch.randn(images.shape, generator=generator) * self.knobs["difficulty"]
-        return kdcore.Batch(images + noise, splits.train.labels[index], index, 0)
+        return kdcore.Batch(images + noise, train.labels[index], index, 0)
 
 
 class Harder:
