@@ -9,10 +9,10 @@ import re
 import tarfile
 from pathlib import Path
 
+from .codec import canonical
 from .errors import StorageError
 from .files import rename, storage_error, storing, sync
 from .folders import FORMAT, verify
-from .plan import canonical
 
 INDEX = "INDEX.json"  # comes first; a tar that is cut between two results is told by it, not by tarfile
 _MEMBER = re.compile(r"([0-9a-f]{64})(/[^/\\]+)?")

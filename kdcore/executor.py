@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .codec import canonical, decode, encode
 from .errors import Interrupted, PluginError
 from .job import Emit, Job
 from .keys import code_of
 from .options import Options
-from .plan import SourceSpec, canonical, decode, encode
+from .plan import SourceSpec
 from .pool import Pool, in_order
 from .registry import Catalog
 from .store import Store

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, files
+from .codec import canonical
 from .errors import StorageError
-from .plan import Json, canonical
+from .plan import Json
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"

@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .codec import canonical
 from .errors import StorageError
 from .files import make_folder, storing, sync
 from .locks import lock, lock_file
-from .plan import Json, canonical
+from .plan import Json
 
 FIX = "Move the run's folder away and run again: finished stages are in the store."
 

@@ -9,8 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .codec import digest, encode
 from .job import Job, Settings
-from .plan import BASE_METRICS, Json, Schedule, SourceSpec, Stage, digest, encode
+from .plan import BASE_METRICS, Json, Schedule, SourceSpec, Stage
 from .registry import Catalog
 from .store import FORMAT
 

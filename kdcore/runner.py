@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import NUMERICS, __version__
+from .codec import digest
 from .errors import PlanError, PluginError, PreflightError
 from .executor import Context, DataCache, Executor
 from .files import replace_file
 from .job import Event, Settings
 from .journal import Journal
 from .keys import Keys, in_order
-from .plan import Json, MemberResult, Outcome, Result, RunView, Spec, Stage, digest
+from .plan import Json, MemberResult, Outcome, Result, RunView, Spec, Stage
 from .plugins import PluginHost
 from .recipe import Recipe, compile_recipe
 from .store import Store

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from .plan import Json, canonical
+from .codec import canonical
+from .plan import Json
 
 
 def derive(seed: int, *purpose: Json) -> int:

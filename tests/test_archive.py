@@ -12,9 +12,9 @@ import pytest
 from faults import damage, failing
 
 from kdcore.archive import INDEX
+from kdcore.codec import canonical
 from kdcore.errors import StorageError
 from kdcore.folders import verify
-from kdcore.plan import canonical
 from kdcore.store import Store
 
 KEY, OTHER, THIRD = "a" * 64, "b" * 64, "c" * 64

@@ -13,7 +13,7 @@ import kdcore
 
 RECORD = Path(__file__).with_suffix(".json")
 HOME = Path(kdcore.__file__).parent
-DECIDE = ("training/**/*.py", "losses/**/*.py", "data/**/*.py", "seeds.py", "plan.py")
+DECIDE = ("training/**/*.py", "losses/**/*.py", "data/**/*.py", "codec.py", "plan.py", "seeds.py")
 
 
 def record() -> dict[str, object]:

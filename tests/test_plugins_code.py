@@ -65,20 +65,20 @@ def test_code_is_the_whole_package_of_the_entry_point(install: Callable[..., Pat
     (package / "__init__.py").touch()
     (package / "hooks.py").write_text(GOOD)
     (package / "losses.py").write_text("x = 1")
-    before = load_plugins().origins["acme"].code
+    before = load_plugins().origins["acme"].code()
     (package / "losses.py").write_text("x = 2")
-    assert load_plugins().origins["acme"].code != before
+    assert load_plugins().origins["acme"].code() != before
 
 
 def test_code_is_also_the_module_that_a_target_names(install: Callable[..., Path]) -> None:
     site = install("acme", GOOD.replace("nowhere_at_all:Loss", "acme_impl:Loss"))
     (site / "acme_impl.py").write_text("class Loss: x = 1")
     first = load_plugins().origins["acme"]
-    before = first.code
+    before = first.code()
     assert [path.name for path in first.files] == ["acme_impl.py", "acme_module.py"]
     assert "acme_impl" not in sys.modules
     (site / "acme_impl.py").write_text("class Loss: x = 2")
-    assert load_plugins().origins["acme"].code != before
+    assert load_plugins().origins["acme"].code() != before
 
 
 def test_code_does_not_depend_on_where_it_lies(tmp_path: Path) -> None:
@@ -87,6 +87,6 @@ def test_code_does_not_depend_on_where_it_lies(tmp_path: Path) -> None:
         folder.mkdir()
         file = folder / "my_moved_file.py"
         file.write_text(GOOD)
-        codes.append(load_plugins(files=[file]).origins["my_moved_file"].code)
+        codes.append(load_plugins(files=[file]).origins["my_moved_file"].code())
         del sys.modules["my_moved_file"]
     assert codes[0] == codes[1]

@@ -8,7 +8,7 @@ import pytest
 from small import RECIPE, file_hash, make_run, weights
 
 import kdcore
-import kdcore.plan
+import kdcore.codec
 from kdcore.errors import PlanError, PluginError, PreflightError
 from kdcore.plugins import load_plugins
 
@@ -326,8 +326,8 @@ def test_a_member_that_is_only_used_refers_to_where_it_came_from(tmp_path):
 
 def test_a_field_at_its_default_is_not_in_the_key():
     plain = kdcore.Term("kd")
-    assert kdcore.plan.encode(plain, str) == {"loss": "kd"}
-    assert kdcore.plan.encode(kdcore.Term("kd", weight=2.0), str) == {"loss": "kd", "weight": 2.0}
+    assert kdcore.codec.encode(plain, str) == {"loss": "kd"}
+    assert kdcore.codec.encode(kdcore.Term("kd", weight=2.0), str) == {"loss": "kd", "weight": 2.0}
 
 
 def test_a_resumed_run_keeps_its_threads_and_jobs(tmp_path):

@@ -11,10 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..codec import digest
 from ..errors import PlanError
 from ..journal import Journal
 from ..keys import Keys, in_order
-from ..plan import MemberResult, Result, SourceSpec, Stage, digest
+from ..plan import MemberResult, Result, SourceSpec, Stage
 from ..plugins import PluginHost
 from ..recipe import Recipe, compile_recipe, load
 from ..runner import Run, check_outcome, check_stages, make_context, make_settings, start

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..outputs import Outputs, Shapes
-from .functional import DKDSettings, KDSettings, cross_entropy, dkd_loss, kd_loss
+from .functional import KDSettings, cross_entropy, dkd_loss, kd_loss
 from .options import CrossEntropyOptions, DKDOptions, KDOptions, Normalize
 
 
@@ -40,26 +40,23 @@ class CrossEntropy(nn.Module):
         return cross_entropy(student.logits, batch.target, label_smoothing=self.label_smoothing)
 
 
-class KD(nn.Module):
-    needs: frozenset[str] = frozenset({"logits"})
+class Distillation(nn.Module):
+    """What KD and DKD share: one functional call, with or without cross-entropy."""
+
     teacher_grad = False
     """Set by the framework where the gradient goes through the source."""
 
-    def __init__(self, temperature: float = 4.0, normalize: Normalize = "none", eps: float | None = None) -> None:
+    def __init__(self, temperature: float, normalize: Normalize, eps: float | None) -> None:
         super().__init__()
         self.temperature, self.normalize, self.eps = temperature, normalize, eps
 
-    @classmethod
-    def build(cls, shapes: Shapes, options: KDOptions) -> Self:
-        return cls(**options.model_dump())
-
     @property
     def min_batch(self) -> int:
-        """The smallest batch that it can take."""
-        return _min_batch(self.normalize)
+        """The smallest batch that it can take: one sample has no class statistics."""
+        return 2 if self.normalize == "class" else 1
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: HasTarget) -> Tensor:
-        return kd_loss(*_pair(student, teacher, "kd"), batch.target, **self._settings())
+        return self._call(student, teacher, batch, self._settings())[0]
 
     def with_cross_entropy(
         self,
@@ -71,9 +68,14 @@ class KD(nn.Module):
         ce_weight: float,
         label_smoothing: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gives weight * kd + ce_weight * ce, and both unweighted, detached; no "ce" without a target."""
-        settings = self._settings(weight, ce_weight, label_smoothing)
-        return _picked(*kd_loss(*_pair(student, teacher, "kd"), batch.target, return_parts=True, **settings))
+        """Gives weight * distillation + ce_weight * ce, and both unweighted, detached; no "ce" without a target."""
+        total, parts = self._call(student, teacher, batch, self._settings(weight, ce_weight, label_smoothing))
+        return total, {name: parts[name] for name in ("kd", "ce") if name in parts}
+
+    def _call(
+        self, student: Outputs, teacher: Outputs | None, batch: HasTarget, settings: KDSettings
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError
 
     def _settings(self, weight: float = 1.0, ce_weight: float = 0.0, label_smoothing: float = 0.0) -> KDSettings:
         return KDSettings(
@@ -87,10 +89,28 @@ class KD(nn.Module):
         )
 
 
-class DKD(nn.Module):
+class KD(Distillation):
+    """The registered loss ``kd``."""
+
+    needs: frozenset[str] = frozenset({"logits"})
+
+    def __init__(self, temperature: float = 4.0, normalize: Normalize = "none", eps: float | None = None) -> None:
+        super().__init__(temperature, normalize, eps)
+
+    @classmethod
+    def build(cls, shapes: Shapes, options: KDOptions) -> Self:
+        return cls(**options.model_dump())
+
+    def _call(
+        self, student: Outputs, teacher: Outputs | None, batch: HasTarget, settings: KDSettings
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return kd_loss(*_pair(student, teacher, "kd"), batch.target, return_parts=True, **settings)
+
+
+class DKD(Distillation):
+    """The registered loss ``dkd``."""
+
     needs: frozenset[str] = frozenset({"logits", "target"})
-    teacher_grad = False
-    """Set by the framework where the gradient goes through the source."""
 
     def __init__(
         self,
@@ -100,52 +120,18 @@ class DKD(nn.Module):
         alpha: float = 1.0,
         beta: float = 8.0,
     ) -> None:
-        super().__init__()
-        self.temperature, self.normalize, self.eps = temperature, normalize, eps
+        super().__init__(temperature, normalize, eps)
         self.alpha, self.beta = alpha, beta
 
     @classmethod
     def build(cls, shapes: Shapes, options: DKDOptions) -> Self:
         return cls(**options.model_dump())
 
-    @property
-    def min_batch(self) -> int:
-        """The smallest batch that it can take."""
-        return _min_batch(self.normalize)
-
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: HasTarget) -> Tensor:
-        return dkd_loss(*_pair(student, teacher, "dkd"), batch.target, **self._settings())
-
-    def with_cross_entropy(
-        self,
-        student: Outputs,
-        teacher: Outputs | None,
-        batch: HasTarget,
-        *,
-        weight: float,
-        ce_weight: float,
-        label_smoothing: float,
+    def _call(
+        self, student: Outputs, teacher: Outputs | None, batch: HasTarget, settings: KDSettings
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gives weight * dkd + ce_weight * ce, and both unweighted, detached."""
-        settings = self._settings(weight, ce_weight, label_smoothing)
-        return _picked(*dkd_loss(*_pair(student, teacher, "dkd"), batch.target, return_parts=True, **settings))
-
-    def _settings(self, weight: float = 1.0, ce_weight: float = 0.0, label_smoothing: float = 0.0) -> DKDSettings:
-        return DKDSettings(
-            temperature=self.temperature,
-            normalize=self.normalize,
-            eps=self.eps,
-            alpha=self.alpha,
-            beta=self.beta,
-            kd_weight=weight,
-            ce_weight=ce_weight,
-            label_smoothing=label_smoothing,
-            teacher_grad=self.teacher_grad,
-        )
-
-
-def _min_batch(normalize: Normalize) -> int:
-    return 2 if normalize == "class" else 1  # one sample has no class statistics
+        pair = _pair(student, teacher, "dkd")
+        return dkd_loss(*pair, batch.target, alpha=self.alpha, beta=self.beta, return_parts=True, **settings)
 
 
 def _pair(student: Outputs, teacher: Outputs | None, name: str) -> tuple[Tensor, Tensor]:
@@ -154,7 +140,3 @@ def _pair(student: Outputs, teacher: Outputs | None, name: str) -> tuple[Tensor,
         raise ValueError(f"{name} compares with another member, but has none. Give its term a source.")
     dtype = torch.promote_types(student.logits.dtype, teacher.logits.dtype)
     return student.logits.to(dtype), teacher.logits.to(dtype)
-
-
-def _picked(total: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    return total, {name: parts[name] for name in ("kd", "ce") if name in parts}

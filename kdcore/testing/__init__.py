@@ -14,22 +14,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..codec import canonical, digest, encode
 from ..options import Options
-from ..plan import (
-    MemberResult,
-    ModelRef,
-    OptimizerSpec,
-    Outcome,
-    Result,
-    RunView,
-    SourceSpec,
-    Spec,
-    Stage,
-    Term,
-    canonical,
-    digest,
-    encode,
-)
+from ..plan import MemberResult, ModelRef, OptimizerSpec, Outcome, Result, RunView, SourceSpec, Spec, Stage, Term
 
 __all__ = ["check_loss", "check_model", "check_strategy", "run_view"]
 

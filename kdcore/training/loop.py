@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from ..codec import decode
 from ..data import Splits
 from ..errors import DeviceError, Interrupted, PlanError, suggest
 from ..job import Emit, Job
-from ..plan import Drop, Finish, Json, Set, TickView, decode
+from ..plan import Drop, Finish, Json, Set, TickView
 from ..registry import Catalog
 from ..store import Store
 from . import device, evaluate, state

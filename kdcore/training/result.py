@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save
 
 from .. import __version__
-from ..plan import Json, canonical
+from ..codec import canonical
+from ..plan import Json
 from . import cost, evaluate
 from .member import Learner, classifies, host_state
 from .session import Session

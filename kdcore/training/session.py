@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..codec import decode
 from ..data import Batch, Source, SourceContext, Splits
 from ..data.source import eval_batches
 from ..errors import DataError, PlanError, suggest
 from ..job import Emit, Job
 from ..outputs import Shapes
-from ..plan import BASE_METRICS, Json, ResultRef, Spec, Stage, Term, decode
+from ..plan import BASE_METRICS, Json, ResultRef, Spec, Stage, Term
 from ..registry import Catalog, blame
 from ..store import Store
 from . import device as devices
