@@ -19,7 +19,8 @@ def read(path: Path) -> dict[str, Any]:
         raise RecipeError("no such file", where=str(path), fix="Give the path of a .toml recipe.") from None
     except OSError as error:
         text = f"cannot be read: {error.strerror or error}"
-        raise RecipeError(text, where=str(path), fix="Give the path of a .toml recipe.") from None
+        fix = "Give the path of a .toml recipe"
+        raise RecipeError(text, where=str(path), fix=f"{fix}, or kdcore resume a run's folder.") from None
     except (UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"not TOML: {error}", where=str(path), fix="Write a text file in UTF-8.") from None
     except tomllib.TOMLDecodeError as error:

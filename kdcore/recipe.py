@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -192,8 +193,9 @@ def _options(entry: Entry, table: Table, where: str) -> dict[str, Json]:
 
 
 def _model(table: ModelTable, catalog: Catalog, where: str) -> ModelRef:
-    if table.weights is not None and not Path(table.weights).is_file():
-        raise RecipeError(f"{table.weights!r} is no file", where=f"{where}.weights", fix="Write a .safetensors path.")
+    if table.weights is not None and not _is_safetensors(Path(table.weights)):
+        what = f"{table.weights!r} is no safetensors file"
+        raise RecipeError(what, where=f"{where}.weights", fix="Write the path of a .safetensors file.")
     spec = _spec("model", table, catalog, where)
     return ModelRef(spec.name, spec.options, table.weights)
 
@@ -221,6 +223,16 @@ def _objective(tables: Sequence[ObjectiveTable], catalog: Catalog) -> tuple[Term
             fix = 'Give this one another: name = "...".'
             raise RecipeError(f"the name {label!r} is {taken}", where=f"objective[{i}].name", fix=fix)
     return terms
+
+
+def _is_safetensors(path: Path) -> bool:
+    """True if the file's header says so; the tensors are read later."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return size < path.stat().st_size and isinstance(json.loads(file.read(size)), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _term(table: ObjectiveTable, catalog: Catalog, where: str) -> Term:

@@ -23,6 +23,12 @@ KINDS = (
     "loss", "model", "dataset", "source", "transform", "strategy", "controller", "step", "adapter", "schedule",
     "optimizer", "metric", "executor", "failure_policy", "label_map", "exporter", "command",
 )  # fmt: skip
+REQUIRED = {
+    "loss": ("needs", "build"),
+    "controller": ("needs", "decide", "state_dict", "load_state_dict"),
+    "strategy": ("plan",),
+    "executor": ("execute", "close"),
+}
 MOST_LISTED = 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _TARGET = re.compile(r"[\w.]+:[\w.]+")
@@ -46,7 +52,12 @@ class Entry:
     def load(self) -> Any:
         """The object; imported now if it was registered as text."""
         with blame(self.origin, f"loading {self.kind} {self.full_name!r}"):
-            return _resolve(self.target)
+            found = _resolve(self.target)
+        missing = [name for name in REQUIRED.get(self.kind, ()) if not hasattr(found, name)]
+        if missing:
+            what = f"{self.kind} {self.full_name!r} has no {' and no '.join(map(repr, missing))}"
+            raise PluginError(what, where=f"plugin {self.origin}", fix=f"See kdcore.{self.kind.title()}.")
+        return found
 
     def options_class(self) -> type[Options]:
         """Its options: given at registration, else the attribute ``Options`` of the object, else none at all."""
@@ -108,7 +119,9 @@ class Registrar:
         self.entries.append(Entry(kind, name, self.origin, target, options, about))
 
     def loss(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
-        """``build(shapes, options) -> nn.Module`` with ``needs``; see kdcore.training.objective."""
+        """A class with ``needs`` and a class method ``build(shapes, options) -> nn.Module``: see
+        :class:`kdcore.Loss`.
+        """
         self._add("loss", name, target, options, about)
 
     def model(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:

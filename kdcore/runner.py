@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import NUMERICS, __version__
-from .codec import digest
+from .codec import canonical, digest, encode
 from .errors import PlanError, PluginError, PreflightError
 from .executor import Context, DataCache, Executor
 from .files import replace_file
@@ -210,8 +210,9 @@ class Run:
 
     def _record_run(self) -> None:
         """Writes run.json, and journals plugins and code where they are new."""
-        plugins = [[o.plugin, o.distribution, o.version] for o in self.host.origins.values()]
-        code = digest([NUMERICS, [origin.code() for origin in self.host.origins.values()]])
+        used = [self.host.origins[name] for name in sorted(self._used())]
+        plugins = [[o.plugin, o.distribution, o.version] for o in used]
+        code = digest([NUMERICS, [origin.code() for origin in used]])
         previous = list(self.journal.of("run"))
         before = previous[-1]["plugins"] if previous else plugins
         if before != plugins and not self.allow_plugin_change:
@@ -227,6 +228,13 @@ class Run:
             self.journal.append({"kind": "run", "plugins": plugins, "code": code, "kdcore": __version__})
         replace_file(self.folder / "run.json", pretty({**self._saved(), "plugins": plugins}))
         self.store.register(self.folder)
+
+    def _used(self) -> set[str]:
+        """Plugins that the recipe names; others may come and go."""
+        view, executor = self.view, self.host.catalog.find("executor", self.recipe.execute.name).full_name
+        words = [view.teacher, view.student, view.objective, view.labels, view.optimizer, view.teacher_optimizer]
+        text = canonical(encode([*words, view.data, view.controllers, self.strategy, executor], str))
+        return {name for name in self.host.origins if f'"{name}/' in text}
 
     def _saved(self) -> dict[str, Json]:
         """What `kdcore resume` needs; paths in the recipe are relative to ``cwd``."""

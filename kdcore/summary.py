@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -23,13 +24,15 @@ def summarise(run: Run, outcome: Outcome, seconds: float) -> dict[str, Any]:
     chain = _chain(outcome.student)
     stages = [_stage(run, key) for key in run.results]
     warnings = [f"{stage['name']}: {text}" for stage in stages for text in stage["warnings"]]
+    student, control = _member(run, outcome.student), _member(run, _control(outcome.student))
+    warnings += _below(student, control, len(run.context.load(run.view.data).monitor))
     return {
         "kdcore": __version__,
         "run": {**run.info, "seconds": seconds, "finished": now()},
         "protocol": _protocol(run),
-        "student": _member(run, outcome.student),
+        "student": student,
         "teacher": _member(run, outcome.teacher or (chain[0] if len(chain) > 1 else None)),
-        "control": _member(run, _control(outcome.student)),
+        "control": control,
         "chain": [_link(run, ref) for ref in chain],
         "stages": stages,
         "evidence": dict(outcome.evidence),
@@ -42,6 +45,17 @@ def summarise(run: Run, outcome: Outcome, seconds: float) -> dict[str, Any]:
         ],
         "recipe": run.recipe.model_dump(mode="json"),
     }
+
+
+def _below(student: dict[str, Any] | None, control: dict[str, Any] | None, images: int) -> list[str]:
+    """A student that ends more than two standard errors below its label-only control was harmed by its teacher."""
+    if student is None or control is None:
+        return []
+    own, other = student["monitor_accuracy"], control["monitor_accuracy"]
+    error = math.sqrt((own * (1 - own) + other * (1 - other)) / images)
+    if other - own <= 2 * error:
+        return []
+    return [f"the student ends at {own:.2%} on the monitor split, its label-only control at {other:.2%}"]
 
 
 def _stage(run: Run, key: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -220,16 +219,3 @@ def test_a_damaged_journal_is_exit_code_4_and_says_what_to_do(whole, tmp_path, c
     code, _, err = kdcore(capsys, tmp_path)
     assert code == 4
     assert "line 2 is damaged. Move the run's folder away and run again: finished stages are in the store." in err
-
-
-def test_other_plugins_than_at_the_start_ask_for_a_flag(whole, tmp_path, capsys):
-    shutil.copytree(whole / "first", tmp_path, dirs_exist_ok=True)
-    options = ("--store", str(whole / "store"), "-p", "no:dskd")
-    code, _, err = kdcore(capsys, tmp_path, *options)
-    assert code == 3
-    assert "other plugins (changed: dskd kdcore 0.1.0)" in err
-    assert "--allow-plugin-change" in err
-    assert kdcore(capsys, tmp_path, *options, "--allow-plugin-change")[0] == 0
-    assert kdcore(capsys, tmp_path, *options)[0] == 0  # now these are the run's plugins
-    names = [plugin[0] for plugin in json.loads(next(tmp_path.glob("r-*/run.json")).read_bytes())["plugins"]]
-    assert "dskd" not in names

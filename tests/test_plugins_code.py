@@ -23,7 +23,8 @@ def kdcore_register(registry):
 
 def test_plugin_file_is_loaded_under_its_stem(plugin_file: Callable[..., Path]) -> None:
     file = plugin_file(
-        "my_single_file", GOOD + "\n    registry.loss('own', 'my_single_file:Own')\nclass Own(kdcore.Options): pass"
+        "my_single_file",
+        GOOD + "\n    registry.loss('own', 'my_single_file:Own')\nclass Own:\n    needs = build = None",
     )
     host = load_plugins(files=[file, str(file)])  # twice is once
     entry = host.catalog.find("loss", "my_single_file/own")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -344,3 +345,32 @@ def test_gc_keeps_what_runs_elsewhere_use(tmp_path, capsys):
     run.execute()
     collect(tmp_path / "elsewhere", tmp_path / "here" / "store", dry=False)
     assert len(run.store.stored()) == 2
+
+
+def test_a_plugin_that_the_recipe_does_not_name_may_come_and_go(tmp_path):
+    make_run(tmp_path).execute()
+    file = tmp_path / "bystander.py"
+    file.write_text(PLUGIN.replace("FACTOR", "1"))
+    make_run(tmp_path, host=load_plugins(files=[file])).execute()
+
+
+def test_a_student_far_below_its_control_is_a_warning(tmp_path):
+    objective = [{"loss": "cross_entropy"}, {"loss": "kd", "weight": 200}]
+    train = {"epochs": 6, "teacher": {"epochs": 1, "lr": 1e-3}}
+    controller = [{"name": "dskd", "patience": 99}]
+    recipe = {**RECIPE, "train": train, "objective": objective, "controller": controller}
+    result = make_run(tmp_path, recipe=recipe).execute()
+    assert any(text.startswith("the student ends at") for text in result["warnings"])
+
+
+def test_another_version_of_a_plugin_that_the_recipe_names_asks_for_a_flag(tmp_path):
+    make_run(tmp_path).execute()
+    host = load_plugins()
+    host.origins["distill"] = dataclasses.replace(host.origins["distill"], version="9.9")
+    changed = make_run(tmp_path, host=host)
+    with pytest.raises(PluginError, match=r"other plugins \(changed: distill kdcore .*, distill kdcore 9.9\)"):
+        changed.execute()
+    changed = make_run(tmp_path, host=host)
+    changed.allow_plugin_change = True
+    changed.execute()
+    make_run(tmp_path, host=host).execute()  # now these are the run's plugins

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from small import PROOFS, RECIPE, file_hash, make_run, weights
 
 import kdcore
-from kdcore.errors import DataError, NumericError, PlanError, RecipeError
+from kdcore.errors import DataError, NumericError, PlanError, PluginError, RecipeError
 from kdcore.plan import Schedule, Spec, Term
 from kdcore.plugins import load_plugins
 from kdcore.training.meters import Meters
@@ -108,12 +108,12 @@ def test_fused_cross_entropy_equals_two_calls(tmp_path):
     from kdcore.losses import terms
 
     fused = curve(make_run(tmp_path / "a").execute())
-    method = terms.KD.with_cross_entropy
+    method = terms.Distillation.with_cross_entropy
     try:
-        del terms.KD.with_cross_entropy
+        del terms.Distillation.with_cross_entropy
         single = curve(make_run(tmp_path / "b").execute())
     finally:
-        terms.KD.with_cross_entropy = method
+        terms.Distillation.with_cross_entropy = method
     for row, other in zip(fused, single, strict=True):
         assert row["train.loss"] == pytest.approx(other["train.loss"], rel=1e-5)
         assert row["train.kd"] == pytest.approx(other["train.kd"], rel=1e-4)
@@ -313,3 +313,55 @@ def test_a_student_that_starts_from_weights_has_a_control_that_does_too(tmp_path
     control = next(stage for stage in run.stages.values() if "control" in stage.members)
     assert control.length == 2
     assert control.members["control"].model.weights == str(source)
+
+
+CONTROLLER = """
+import kdcore
+
+@kdcore.hookimpl
+def kdcore_register(registry):
+    registry.controller("odd", Odd)
+
+class Odd:
+    Options = kdcore.Options
+    needs = frozenset()
+
+    def __init__(self, options):
+        pass
+
+    def decide(self, view):
+        return ANSWER
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "says"),
+    [
+        ('[kdcore.Set("student.kd.temperature", -3.0)]', PlanError, "student.kd.temperature: -3.0 is not above 0"),
+        ('[kdcore.Set("student.kd.temperature", "x")]', PlanError, "is not a number"),
+        ('["stop"]', PluginError, "decide\\(\\) gave 'stop'"),
+        ("7", PluginError, "decide\\(\\) gave 7"),
+    ],
+)
+def test_a_bad_decision_names_what_is_wrong(tmp_path, answer, error, says):
+    file = tmp_path / f"odd{abs(hash(answer))}.py"
+    file.write_text(CONTROLLER.replace("ANSWER", answer))
+    recipe = {**RECIPE, "controller": [{"name": "odd"}]}
+    with pytest.raises(error, match=says):
+        make_run(tmp_path, recipe=recipe, host=load_plugins(files=[file])).execute()
+
+
+def test_a_controller_without_its_parts_is_refused_before_training(tmp_path):
+    file = tmp_path / "partless.py"
+    text = CONTROLLER.replace("needs = frozenset()", "").replace("state_dict", "state")
+    file.write_text(text.replace("ANSWER", "[]"))
+    recipe = {**RECIPE, "controller": [{"name": "odd"}]}
+    with pytest.raises(PluginError, match="has no 'needs' and no 'state_dict' and no 'load_state_dict'"):
+        make_run(tmp_path, recipe=recipe, host=load_plugins(files=[file])).execute()
+    assert not list(tmp_path.glob("store/results/*"))

@@ -127,11 +127,19 @@ def plan(
         show_plan(recipe, sets or [], host, root, store)
 
 
-def plugins(plugin_file: Files = None, block: Block = None) -> None:
-    """List what every plugin offers, and the broken ones with the reason."""
-    from .listing import show
+def plugins(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="show the options of this name")] = None,
+    plugin_file: Files = None,
+    block: Block = None,
+) -> None:
+    """List what every plugin offers, and the broken ones with the reason; or the options of one name."""
+    from .listing import show, show_options
 
-    show(load_plugins(_blocked(block), plugin_file or ()))
+    host = load_plugins(_blocked(block), plugin_file or ())
+    if name is None:
+        show(host)
+    else:
+        show_options(host, name)
 
 
 def report(
@@ -207,7 +215,8 @@ def _host(blocked: list[str], files: list[str], strict: bool = False) -> PluginH
 def _blocked(block: list[str] | None) -> list[str]:
     for text in block or []:
         if not text.startswith("no:") or text == "no:":
-            raise RecipeError(f"{text!r} leaves nothing out", where="-p", fix="Write -p no:NAME.")
+            fix = "Write -p no:NAME; --plugin-file loads a file."
+            raise RecipeError(f"{text!r} leaves nothing out", where="-p", fix=fix)
     return [text.removeprefix("no:") for text in block or []]
 
 

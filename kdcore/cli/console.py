@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -45,7 +46,8 @@ class RunConsole:
         """Shows one event."""
         show = getattr(self, f"_{event['kind']}", None)
         if show is not None:
-            show(event)
+            with suppress(SystemExit):  # rich's way to say that nobody reads the pipe any more: train on in silence
+                show(event)
 
     def _print(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
@@ -104,7 +106,8 @@ class RunConsole:
             if row is not None:
                 accuracy = f"{row['test_accuracy']:.2%}", f"{row['monitor_accuracy']:.2%}"
                 table.add_row(role, row["model"], *accuracy, f"{row['params']:,}", f"{row['flops'] / 1e6:,.2f}")
-        self.console.print(table)
+        with suppress(SystemExit):
+            self.console.print(table)
 
 
 def _metrics(metrics: dict[str, dict[str, float]]) -> str:

@@ -56,6 +56,8 @@ def drive(
     with RunConsole() as console:
         context = make_context(host, catch_signals())
         result = Run(recipe, host, settings, folder, console, jobs, context, allow_plugin_change).execute()
+    for text in [text for text in result["warnings"] if text.startswith("the student")]:
+        console.handle({"kind": "warning", "text": text})
     console.table(result)
     seconds = result["run"]["seconds"]
     print(f"{folder / 'report.html'} ({seconds:.1f} s; result.json and student.safetensors lie beside it)")

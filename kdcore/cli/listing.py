@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import hookspecs
+from ..errors import RecipeError, suggest
 from ..plugins import PluginHost
 from ..registry import Entry
 
@@ -22,6 +23,23 @@ def show(host: PluginHost) -> None:
     console.print(table)
     for reason in host.broken.values():  # soft_wrap: a line of its own in a pipe, whatever its length
         console.print(f"BROKEN  {reason}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_options(host: PluginHost, name: str) -> None:
+    """Prints every option of what has this name: type, default, and what to write."""
+    plugin, _, short = name.rpartition("/")
+    found = [e for kind in host.catalog.entries for e in host.catalog.all(kind) if e.name == short]
+    found = [entry for entry in found if plugin in ("", entry.origin.plugin)]
+    if not found:
+        known = [entry.name for kind in host.catalog.entries for entry in host.catalog.all(kind)]
+        raise RecipeError(f"nothing is called {name!r}", where="kdcore plugins", fix=suggest(name, known))
+    for entry in found:
+        table = Table("option", "type", "default", "what to write", title=f"{entry.kind} {entry.full_name}")
+        for option, field in entry.options_class().model_fields.items():
+            default = "required" if field.is_required() else str(field.default)
+            kind = getattr(field.annotation, "__name__", None) or str(field.annotation)
+            table.add_row(*(Text(text) for text in (option, kind, default, field.description or "")))
+        Console().print(table if table.rows else f"{entry.kind} {entry.full_name} takes no options")
 
 
 def _rows(host: PluginHost) -> Iterator[tuple[str, str, Text]]:

@@ -82,8 +82,30 @@ def _lede(result: Table) -> str:
         other = _reported(result, role)
         if own is not None and other is not None:
             gap = 100 * (own - other)
-            said.append(f"{abs(gap):.2f} points {'above' if gap >= 0 else 'below'} {name}")
-    return f"The student is {' and '.join(said)} on the test images." if said else ""
+            noise = ", which is within the noise," if _within_noise(own, other, result) else ""
+            said.append(f"{abs(gap):.2f} points {'above' if gap >= 0 else 'below'} {name}{noise}")
+    return f"The student is {' and '.join(said)} on the test images.".replace(", on", " on") if said else ""
+
+
+def _within_noise(own: float, other: float, result: Table) -> bool:
+    """Less than two standard errors of the difference of two accuracies on so many images."""
+    images = number(result["protocol"]["test_images"])
+    if not images:
+        return False
+    return abs(own - other) < 2 * math.sqrt((own * (1 - own) + other * (1 - other)) / images)
+
+
+def _objective(result: Table) -> str:
+    """The student's objective in words, as the recipe has it."""
+    said = [_term(term) for term in result["recipe"].get("objective", ())]
+    return f"Objective: {' + '.join(said)}." if said else ""
+
+
+def _term(term: Table) -> str:
+    own = ("loss", "weight", "name", "warmup_epochs")
+    shown = [f"{key} {value}" for key, value in term.items() if key not in own and value is not None]
+    shown += [f"warm-up {term['warmup_epochs']:g} epochs"] if term.get("warmup_epochs") else []
+    return f"{term.get('weight', 1):g} x {term['loss']}" + (f" ({', '.join(shown)})" if shown else "")
 
 
 def _run(result: Table) -> str:
@@ -129,7 +151,7 @@ def _protocol(result: Table) -> list[str]:
         f"{count(p['test_images'])} test images"
     )
     seeds = ", ".join(str(seed) for seed in p["seeds"])
-    said = [p["text"], f"Selection: {chosen}. Splits: {splits}. Seed: {seeds}."]
+    said = [_objective(result), p["text"], f"Selection: {chosen}. Splits: {splits}. Seed: {seeds}."]
     if images and accuracy is not None:
         error = math.sqrt(accuracy * (1 - accuracy) / images)
         said.append(
@@ -247,6 +269,8 @@ def _cost(result: Table) -> Grid:
         rate, origin = count(s["images_per_second"]), "reused" if s["reused"] else "trained"
         rows.append((s["name"], seconds(s["seconds"]), count(s["steps"]), rate, flops, origin))
     new = [number(s["seconds"]) or 0.0 for s in result["stages"] if not s["reused"]]
+    all_of_them = sum(number(s["seconds"]) or 0.0 for s in result["stages"])
+    rows.append(("All stages, when they were trained", seconds(all_of_them), "", "", "", ""))
     rows.append(("Trained in this run", seconds(sum(new)), "", "", "", f"{len(new)} of {len(result['stages'])} stages"))
     heads = ("Stage", "Time", "Steps", "Images / s", "FLOPs by member", "Result")
     return _grid("Cost of each stage", heads, "text num num num long text", rows)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..errors import PlanError, suggest
+from ..errors import PlanError, RecipeError, suggest
+from ..options import validate
 from ..plan import Json
 from .member import Learner, LiveTerm
 from .schedules import as_schedule
@@ -58,6 +59,14 @@ class Knobs:
             raise PlanError(f"{value!r} is not a number from 0", where=path)
         if path.endswith(".source") and value not in self.learners:
             raise PlanError(f"no member {value!r}", where=path, fix=suggest(str(value), self.learners))
+        member, _, rest = path.partition(".")
+        label, _, key = rest.rpartition(".")
+        if label and key not in ("weight", "source"):
+            term = self._term(member, label)
+            try:
+                validate(term.options, {**term.spec.options, key: value}, path.removesuffix(f".{key}"))
+            except RecipeError as error:
+                raise PlanError(error.what, where=error.where, fix=error.fix) from None
 
     def _apply(self, path: str, value: Json) -> None:
         owner, _, name = path.partition(".")

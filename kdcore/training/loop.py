@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from ..codec import decode
 from ..data import Splits
-from ..errors import DeviceError, Interrupted, PlanError, suggest
+from ..errors import DeviceError, Interrupted, PlanError, PluginError, suggest
 from ..job import Emit, Job
-from ..plan import Drop, Finish, Json, Set, TickView
+from ..plan import Decision, Drop, Finish, Json, Set, TickView
 from ..registry import Catalog
 from ..store import Store
 from . import device, evaluate, state
@@ -210,9 +210,18 @@ def _decide(session: Session) -> None:
         knobs=dict(session.knobs.values),
     )
     for name, controller in session.controllers:
-        for decision in controller.decide(view):
+        for decision in _decisions(name, controller.decide(view)):
             session.events.append(_apply(session, name, decision))
             session.emit({"kind": "decision", "event": session.events[-1]})
+
+
+def _decisions(controller: str, found: Any) -> list[Decision]:
+    decisions = [] if found is None else list(found) if isinstance(found, Iterable) else [found]
+    for decision in decisions:
+        if not isinstance(decision, Decision):
+            fix = "Return kdcore.Set, Drop or Finish, in a list."
+            raise PluginError(f"decide() gave {decision!r}", where=f"controller {controller!r}", fix=fix)
+    return decisions
 
 
 def _apply(session: Session, controller: str, decision: Set | Drop | Finish) -> dict[str, Json]:

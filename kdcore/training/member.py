@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data import DataInfo
 from ..errors import PlanError, RecipeError, StorageError
+from ..options import Options
 from ..plan import Member, ModelRef, Term
 from ..registry import Catalog, blame
 from ..seeds import derive
@@ -26,6 +27,7 @@ class LiveTerm:
 
     spec: Term
     module: nn.Module
+    options: type[Options]
     factor: Callable[[float, float], float]
     source: str | None
     weight: float = 0.0

@@ -238,7 +238,9 @@ def _build_term(term: Term, info: Shapes, catalog: Catalog, length: int, stage: 
         module: nn.Module = entry.load().build(info, entry.options_class()(**term.options))
     if term.through and hasattr(module, "teacher_grad"):
         module.teacher_grad = True  # type: ignore[assignment]
-    return LiveTerm(term, module, compile_schedule(as_schedule(term.weight), catalog, length), term.source)
+    return LiveTerm(
+        term, module, entry.options_class(), compile_schedule(as_schedule(term.weight), catalog, length), term.source
+    )
 
 
 def _adapter_seed(stage: Stage, member: str, term: Term) -> int:

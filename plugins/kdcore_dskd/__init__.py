@@ -64,7 +64,8 @@ class DynamicStop:
         if self.count < self.options.patience:
             return []
         self.stopped = True
-        reason = f"the control was as good {self.count} times (now {control:.2%}, the student {student:.2%})"
+        times = "once" if self.count == 1 else f"{self.count} times"
+        reason = f"the control was as good {times} (now {control:.2%}, the student {student:.2%})"
         drop = [kdcore.Drop(CONTROL, reason)] if CONTROL in view.curves else []
         return [*kdcore.labels_alone(view, "student", reason, self.options.label_weight), *drop]
 
