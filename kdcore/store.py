@@ -3,7 +3,7 @@
 ::
 
     results/<key>/      result.json, <member>.safetensors, MANIFEST.json
-    work/<key>/         ckpt-00000123/ (state.json, tensors.safetensors, MANIFEST.json)
+    unfinished/<key>/   ckpt-00000123/ (state.json, tensors.safetensors, MANIFEST.json)
     leases/<key>        locked while a process trains that key
     runs/<hash>         the folder of a run that uses this store
 
@@ -77,7 +77,7 @@ class Store:
         except StorageError as error:
             if not _is_taken(error.__cause__):  # else an unpack was faster
                 raise
-        remove_folder(self.root / "work" / key)
+        remove_folder(self.root / "unfinished" / key)
 
     def register(self, run: Path) -> None:
         """Notes a run that uses this store, so that ``gc`` keeps what its journal names, wherever the run lies."""
@@ -97,7 +97,7 @@ class Store:
 
     def save_checkpoint(self, key: str, step: int, files: Mapping[str, bytes]) -> Path:
         """Commits a checkpoint and drops all but the last two."""
-        folder = self.root / "work" / key
+        folder = self.root / "unfinished" / key
         name = f"ckpt-{step:08d}"
         if (folder / name).is_dir():
             if self._sound(folder / name):
@@ -114,7 +114,7 @@ class Store:
 
     def _checkpoints(self, key: str) -> list[Path]:
         """Oldest first; by number, because names of 100 million steps are longer."""
-        found = [(_CHECKPOINT.fullmatch(path.name), path) for path in self._names("work", key)]
+        found = [(_CHECKPOINT.fullmatch(path.name), path) for path in self._names("unfinished", key)]
         return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
     # ------------------------------------------------------------ damage
@@ -185,11 +185,11 @@ class Store:
 
     def _rubbish(self, keep: set[str]) -> Iterator[Path]:
         finished = set(self.stored())
-        for part, needed in (("results", keep), ("work", keep - finished)):
+        for part, needed in (("results", keep), ("unfinished", keep - finished)):
             for path in self._names(part):
                 if path.name.startswith(_RUBBISH) or (_KEY.fullmatch(path.name) and path.name not in needed):
                     yield path
-                elif part == "work" and path.is_dir():
+                elif part == "unfinished" and path.is_dir():
                     yield from (inner for inner in self._names(part, path.name) if inner.name.startswith(_RUBBISH))
 
     def _names(self, *parts: str) -> list[Path]:
@@ -237,6 +237,6 @@ def _is_taken(error: BaseException | None) -> bool:
 
 
 def _owner(path: Path) -> str:
-    """The lease that guards a folder: ``results/.tmp-1-<key>`` is guarded by ``<key>``, as is all in ``work/<key>``."""
+    """The key whose lease guards a folder: that of ``results/.tmp-1-<key>``, or of all in ``unfinished/<key>``."""
     found = _KEY.search(path.name) or _KEY.search(path.parent.name)
     return found[0] if found else UNPACK

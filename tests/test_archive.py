@@ -27,7 +27,7 @@ def store(tmp_path):
 
 
 def names(store: Store) -> list[str]:
-    found = [*store.root.glob("results/*"), *store.root.glob("work/*"), *store.root.glob("work/*/*")]
+    found = [*store.root.glob("results/*"), *store.root.glob("unfinished/*"), *store.root.glob("unfinished/*/*")]
     return sorted(path.relative_to(store.root).as_posix() for path in found)
 
 

@@ -54,7 +54,7 @@ def wait_for_checkpoints(root: Path, count: int, process: subprocess.Popen) -> N
     """Until so many stages have a checkpoint; one that is finished has no more."""
 
     def begun() -> int:
-        checkpoints = {path.parent for path in root.glob("store/work/*/ckpt-*")}
+        checkpoints = {path.parent for path in root.glob("store/unfinished/*/ckpt-*")}
         return len(checkpoints) and len(checkpoints) + len(list(root.glob("store/results/*/result.json")))
 
     while begun() < count:
@@ -141,7 +141,7 @@ def test_a_signal_ends_a_run_within_seconds_with_its_exit_code_and_one_message(s
 @pytest.mark.parametrize(("number", "jobs"), SIGNALS)
 def test_the_same_command_goes_on_from_there_to_the_same_weights(stopped, whole, tmp_path, capsys, number, jobs):
     shutil.copytree(stopped[number, jobs].root, tmp_path, dirs_exist_ok=True)
-    before = {path.parent.name: int(path.name[5:]) for path in sorted(tmp_path.glob("store/work/*/ckpt-*"))}
+    before = {path.parent.name: int(path.name[5:]) for path in sorted(tmp_path.glob("store/unfinished/*/ckpt-*"))}
     assert before
     assert all(step > 0 for step in before.values())
     assert kdcore(capsys, tmp_path)[0] == 0
@@ -169,16 +169,16 @@ def test_a_second_signal_exits_at_once(tmp_path):
 def test_gc_keeps_the_checkpoints_of_a_stopped_run_and_removes_what_no_journal_names(stopped, tmp_path, capsys):
     root, store = tmp_path / "runs", tmp_path / "runs" / "store"
     shutil.copytree(stopped[signal.SIGTERM, 1].root, root)
-    before = sorted([*store.glob("work/*/ckpt-*"), *store.glob("results/*")])
+    before = sorted([*store.glob("unfinished/*/ckpt-*"), *store.glob("results/*")])
     assert before
-    shutil.copytree(before[-1].parent, store / "work" / ("d" * 64))
+    shutil.copytree(before[-1].parent, store / "unfinished" / ("d" * 64))
     (store / "results" / ("e" * 64)).mkdir(parents=True)
     dry = command(capsys, tmp_path, "store", "gc", "--dry-run")
     assert (store / "results" / ("e" * 64)).is_dir()
     done = command(capsys, tmp_path, "store", "gc")
     assert done[1].splitlines()[:-1] == dry[1].splitlines()[:-1]
     assert done[1].endswith("2 folders removed\n")
-    assert sorted([*store.glob("work/*/ckpt-*"), *store.glob("results/*")]) == before
+    assert sorted([*store.glob("unfinished/*/ckpt-*"), *store.glob("results/*")]) == before
 
 
 def check_full_disk(capsys, root: Path, number: int) -> None:

@@ -143,17 +143,17 @@ def broken_off(tmp_path_factory, host):
     """A run that was stopped in its second stage with two checkpoints."""
     root = tmp_path_factory.mktemp("broken-off")
     interrupt_after(make_run(root, host=host, sets=SETS), 50)
-    assert len(list(root.glob("store/work/*/ckpt-*"))) == 2
+    assert len(list(root.glob("store/unfinished/*/ckpt-*"))) == 2
     return root
 
 
 def test_every_flipped_bit_and_every_cut_is_found_and_set_aside(whole, broken_off, tmp_path):
     chance = random.Random(0)
-    folders = [next(whole.glob("store/results/*")), sorted(broken_off.glob("store/work/*/ckpt-*"))[-1]]
+    folders = [next(whole.glob("store/results/*")), sorted(broken_off.glob("store/unfinished/*/ckpt-*"))[-1]]
     for number in range(150):
-        part = ("results", "work")[number % 2]
+        part = ("results", "unfinished")[number % 2]
         store = Store(tmp_path / str(number), (warnings := []).append)
-        copy = store.root / part / KEY / ("ckpt-00000007" if part == "work" else "")
+        copy = store.root / part / KEY / ("ckpt-00000007" if part == "unfinished" else "")
         shutil.copytree(folders[number % 2], copy)
         how = damage(chance.choice(sorted(copy.iterdir())), chance)
         found = store.result(KEY) if part == "results" else store.checkpoint(KEY)
@@ -249,7 +249,7 @@ def test_a_checkpoint_of_the_same_step_is_not_removed_for_its_successor(store):
 @pytest.mark.parametrize("damaged", [1, 2])
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, broken_off, whole, host, damaged):
     shutil.copytree(broken_off, tmp_path, dirs_exist_ok=True)
-    checkpoints = sorted(tmp_path.glob("store/work/*/ckpt-*"))
+    checkpoints = sorted(tmp_path.glob("store/unfinished/*/ckpt-*"))
     for checkpoint in checkpoints[2 - damaged :]:
         damage(checkpoint / "tensors.safetensors", random.Random(damaged))
     run = make_run(tmp_path, host=host, sets=SETS)

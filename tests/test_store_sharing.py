@@ -128,19 +128,23 @@ def fill(store: Store) -> None:
         store.save_result(key, FILES)
     for key in (KEY, OTHER, THIRD):
         store.save_checkpoint(key, 1, FILES)
-    for name in (f"results/.tmp-1-{THIRD}", f"results/damaged-1-{THIRD}", f"work/{THIRD}/damaged-1-ckpt-00000002"):
+    for name in (
+        f"results/.tmp-1-{THIRD}",
+        f"results/damaged-1-{THIRD}",
+        f"unfinished/{THIRD}/damaged-1-ckpt-00000002",
+    ):
         (store.root / name).mkdir(parents=True)
 
 
 def names(store: Store) -> list[str]:
-    found = [*store.root.glob("results/*"), *store.root.glob("work/*"), *store.root.glob("work/*/*")]
+    found = [*store.root.glob("results/*"), *store.root.glob("unfinished/*"), *store.root.glob("unfinished/*/*")]
     return sorted(path.relative_to(store.root).as_posix() for path in found)
 
 
 def test_gc_keeps_what_is_named_and_the_checkpoints_of_unfinished_stages(store):
     fill(store)
     removed = store.collect({KEY, THIRD})
-    assert names(store) == [f"results/{KEY}", f"work/{THIRD}", f"work/{THIRD}/ckpt-00000001"]
+    assert names(store) == [f"results/{KEY}", f"unfinished/{THIRD}", f"unfinished/{THIRD}/ckpt-00000001"]
     assert len(removed) == 6
     verify(store.checkpoint(THIRD))
 
@@ -159,7 +163,7 @@ def test_gc_leaves_alone_what_a_process_holds(store):
         store.collect(set())
         assert names(store) == [
             f"results/.tmp-1-{THIRD}", f"results/damaged-1-{THIRD}",
-            f"work/{THIRD}", f"work/{THIRD}/ckpt-00000001", f"work/{THIRD}/damaged-1-ckpt-00000002",
+            f"unfinished/{THIRD}", f"unfinished/{THIRD}/ckpt-00000001", f"unfinished/{THIRD}/damaged-1-ckpt-00000002",
         ]  # fmt: skip
     store.collect(set())
     assert names(store) == []

@@ -132,7 +132,7 @@ def test_workers_end_within_seconds_of_a_killed_driver(tmp_path):
     (tmp_path / "r.toml").write_text(RECIPE)
     command = [sys.executable, "-m", "kdcore", "run", "r.toml", "--plugin-file", str(PLUGIN)]
     with subprocess.Popen([*command, "--set", "strategy.seconds=0.01"], cwd=tmp_path, stdout=-3, stderr=-3) as driver:
-        assert wait_for(lambda: len({p.parent for p in tmp_path.glob("runs/store/work/*/ckpt-*")}) == 2, 60)
+        assert wait_for(lambda: len({p.parent for p in tmp_path.glob("runs/store/unfinished/*/ckpt-*")}) == 2, 60)
         workers = children(driver.pid)
         assert len(workers) == 2
         driver.kill()

@@ -17,6 +17,7 @@ from ..job import Emit, Job
 from ..outputs import Shapes
 from ..plan import BASE_METRICS, Json, ResultRef, Spec, Stage, Term
 from ..registry import Catalog, blame
+from ..seeds import derive
 from ..store import Store
 from . import device as devices
 from .knobs import Knobs
@@ -244,8 +245,6 @@ def _build_term(term: Term, info: Shapes, catalog: Catalog, length: int, stage: 
 
 
 def _adapter_seed(stage: Stage, member: str, term: Term) -> int:
-    from ..seeds import derive
-
     assert stage.seed is not None
     return derive(stage.seed, "adapter", member, term.label)
 
