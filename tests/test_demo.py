@@ -16,4 +16,6 @@ DEMO = tomllib.loads((Path(__file__).parents[1] / "examples" / "digits.toml").re
 def test_the_demos_teacher_beats_the_control_by_a_point(tmp_path, seed):
     result = make_run(tmp_path, recipe={**DEMO, "seed": seed}).execute()
     assert result["teacher"]["test_accuracy"] - result["control"]["test_accuracy"] >= 0.01
-    assert not result["warnings"]
+    assert not [
+        text for text in result["warnings"] if "teacher cnn-3" in text
+    ]  # an assistant may be worse, and is told
