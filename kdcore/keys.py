@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .codec import digest, encode
+from .folders import FORMAT
 from .job import Job, Settings
 from .plan import BASE_METRICS, Json, Schedule, SourceSpec, Stage
 from .registry import Catalog
-from .store import FORMAT
 
 
 @dataclass

@@ -12,9 +12,7 @@ from typing import Any, TypeAlias
 
 from .errors import KdError, PluginError, RecipeError, suggest
 from .options import Options, validate
-from .origin import Origin as Origin
-from .origin import blame as blame
-from .origin import blame_by_traceback as blame_by_traceback
+from .origin import Origin, blame
 
 Target: TypeAlias = Any
 """The object itself, or ``"package.module:Name"``, imported at first use."""

@@ -28,7 +28,7 @@ from typing import Any
 from . import archive
 from .errors import StorageError
 from .files import make_folder, remove_folder, rename, replace_file, storing, sync
-from .folders import FORMAT, MANIFEST, DamagedError, FormatError, commit, verify
+from .folders import DamagedError, FormatError, commit, verify
 from .locks import if_free, lock_file, try_lock
 
 KEPT_CHECKPOINTS = 2
@@ -36,8 +36,6 @@ UNPACK = "unpack"
 _KEY = re.compile(r"[0-9a-f]{64}")
 _RUBBISH = (".tmp-", "damaged-")
 _CHECKPOINT = re.compile(r"ckpt-(\d+)")
-
-__all__ = ["FORMAT", "KEPT_CHECKPOINTS", "MANIFEST", "DamagedError", "FormatError", "Store", "commit", "verify"]
 
 
 class Store:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from kdcore.plugins import PluginHost, load_plugins
+
 TINY = """
 seed = 0
 threads = 1
@@ -32,6 +34,11 @@ class Done:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="module")
+def host() -> PluginHost:
+    return load_plugins()
 
 
 @pytest.fixture

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
 from typing import Any
 
 import pytest
-from conftest import TINY
+from faulty import BASE, check, fault
 
 from kdcore.errors import PluginError, RecipeError
 from kdcore.options import Field, Options
-from kdcore.plugins import PluginHost, load_plugins
-from kdcore.recipe import compile_recipe, load
-from kdcore.registry import Catalog, Entry, Origin
-
-BASE = tomllib.loads(TINY)
-
-
-@pytest.fixture(scope="module")
-def host() -> PluginHost:
-    return load_plugins()
-
-
-def check(data: dict[str, Any], host: PluginHost, *sets: str) -> Any:
-    """The whole check of a recipe, as every command does it."""
-    recipe = load(data, sets)
-    return compile_recipe(recipe, host.catalog)
-
-
-def fault(host: PluginHost, change: dict[str, Any], *sets: str) -> str:
-    with pytest.raises(RecipeError) as error:
-        check({**BASE, **change}, host, *sets)
-    return str(error.value)
-
+from kdcore.origin import Origin
+from kdcore.plugins import PluginHost
+from kdcore.registry import Catalog, Entry
 
 # ---------------------------------------------------------------- unknown keys
 

@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TINY, Done
+from faulty import BASE, check, fault
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcore.errors import RecipeError
 from kdcore.plugins import PluginHost, load_plugins
 from kdcore.recipe import compile_recipe, load
-
-BASE = tomllib.loads(TINY)
-
-
-@pytest.fixture(scope="module")
-def host() -> PluginHost:
-    return load_plugins()
-
-
-def check(data: dict[str, Any], host: PluginHost, *sets: str) -> Any:
-    """The whole check of a recipe, as every command does it."""
-    recipe = load(data, sets)
-    return compile_recipe(recipe, host.catalog)
-
-
-def fault(host: PluginHost, change: dict[str, Any], *sets: str) -> str:
-    with pytest.raises(RecipeError) as error:
-        check({**BASE, **change}, host, *sets)
-    return str(error.value)
-
 
 # ---------------------------------------------------------------- --set
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from kdcore import DataInfo
 from kdcore.errors import DataError
-from kdcore.registry import Entry, Origin, Registrar
+from kdcore.origin import Origin
+from kdcore.registry import Entry, Registrar
 
 GREY, RGB = DataInfo((1, 8, 8), 10), DataInfo((3, 32, 32), 100)
 BUILD = {
@@ -280,7 +281,7 @@ def test_plugin_registers_every_model_with_options():
 def test_plugin_registers_and_checks_options_without_torch():
     code = (
         "import sys, kdcore_vision\n"
-        "from kdcore.registry import Origin, Registrar\n"
+        "from kdcore.origin import Origin\nfrom kdcore.registry import Registrar\n"
         "registrar = Registrar(Origin('vision'))\n"
         "kdcore_vision.kdcore_register(registrar)\n"
         "[entry.options_class() for entry in registrar.entries]\n"

@@ -16,8 +16,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..data import DataInfo
 from ..errors import PlanError, RecipeError, StorageError
 from ..options import Options
+from ..origin import blame
 from ..plan import Member, ModelRef, Term
-from ..registry import Catalog, blame
+from ..registry import Catalog
 from ..seeds import derive
 
 

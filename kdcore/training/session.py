@@ -14,9 +14,10 @@ from ..data import Batch, Source, SourceContext, Splits
 from ..data.source import eval_batches
 from ..errors import DataError, PlanError, suggest
 from ..job import Emit, Job
+from ..origin import blame
 from ..outputs import Shapes
 from ..plan import BASE_METRICS, Json, ResultRef, Spec, Stage, Term
-from ..registry import Catalog, blame
+from ..registry import Catalog
 from ..seeds import derive
 from ..store import Store
 from . import device as devices
