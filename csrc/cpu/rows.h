@@ -1,0 +1,264 @@
+// The algorithm that goes through memory by rows: any normalisation, any number of classes. The exponentials of a few
+// rows stay in the cache between their sums and their gradient, so that each is computed once. Where the gradient flows
+// through class statistics, dL/dh waits in memory for the column sums, and a last pass turns it into dL/dz.
+//
+// Work is cut by the shape alone, into shards whose partial sums are added in order: threads change no bit.
+#pragma once
+
+namespace kdcore::cpu::KD_ISA {
+
+template <class T>
+struct RowsPlan {
+  using A = Accumulator<T>;
+  int64_t chunk, shard_rows, shards;
+  bool wait;     // dL/dh waits for the column sums
+  bool in_place; // it does so in the gradient's own memory
+  bool stream;
+
+  explicit RowsPlan(const Context<T>& c) {
+    const int64_t arrays = c.p.cross_entropy ? 3 : 2, row = c.padded * arrays * (int64_t)sizeof(A);
+    chunk = smaller(kRows, larger(1, (500 << 10) / row));
+    if (chunk > 1) chunk = chunk / 2 * 2;
+    wait = c.through && (c.grad || c.p.sums_out);
+    shard_rows = wait ? larger(32, round_up(ceil_div(c.B, 32), kRows)) : chunk;
+    shards = ceil_div(c.B, shard_rows);
+    in_place = c.grad && sizeof(T) == sizeof(A);
+    stream = c.B * c.C * (int64_t)sizeof(T) * 3 > (20 << 20);
+  }
+};
+
+template <class T>
+struct RowsWork {
+  using A = Accumulator<T>;
+  Columns<A> of_s, of_t;
+  Final<A> final;
+  A *inverse_gain, *partial, *g;
+  int64_t ldg;
+
+  KD_INLINE A* sum(const Context<T>& c, int64_t shard) const { return partial + shard * 2 * c.padded; }
+};
+
+// Per class constants, columns [v0, v1) in vectors.
+template <class T, class A = Accumulator<T>>
+void rows_columns(const Context<T>& c, const RowsWork<T>& w, Range v, A* spare) {
+  using V = Vec<A>;
+  const int64_t first = v.begin * V::W, end = smaller(v.end * V::W, c.C);
+  const int64_t ahead = c.B * c.C * (int64_t)sizeof(T) > (2 << 20);
+  if (c.batch) {
+    for (int64_t j = first; j < end; j += 64 * V::W) {
+      const int64_t n = smaller(64 * V::W, end - j);
+      batch_columns(c.s + j, c.B, c.lds, n, w.of_s.at(j), c.kappa, (A)c.p.eps, spare, ahead * 8 * c.lds);
+      batch_columns(c.t + j, c.B, c.ldt, n, w.of_t.at(j), c.kappa, (A)c.p.eps, spare, ahead * 8 * c.ldt);
+    }
+  } else {
+    const double* g = c.p.stats + first;
+    const int64_t n = end - first, padded = (v.end - v.begin) * V::W;
+    given_columns(g, g + c.C, n, padded, w.of_s.at(first), c.kappa, c.p.eps);
+    given_columns(g + 2 * c.C, g + 3 * c.C, n, padded, w.of_t.at(first), c.kappa, c.p.eps);
+  }
+  for (int64_t j = first; j < v.end * V::W; j += V::W) {
+    const auto gain = V::load(w.of_s.scale + j) / V::set(c.kappa);
+    V::store(w.final.gain + j, gain);
+    V::store(w.inverse_gain + j, V::set(1) / gain);
+  }
+}
+
+// What a row's exponentials need to know of it first, for rows [i, i + n).
+template <class T, Affine F, bool MOMENTS, class A = Accumulator<T>>
+void measure_rows(const Context<T>& c, const RowsWork<T>& w, int64_t i, int n, const int64_t* skip, Rows<A>& rows) {
+  for (int k = 0; k < n; k++) {
+    const T *s = c.s + (i + k) * c.lds, *t = c.t + (i + k) * c.ldt;
+    rows.scale_s[k] = rows.scale_t[k] = c.kappa;
+    if constexpr (F != Affine::column) {
+      constexpr bool columns = F == Affine::shifted;
+      const A top_s = row_maximum<T, columns>(s, c.C, skip[k], w.of_s), top_t = row_maximum<T, columns>(t, c.C, skip[k], w.of_t);
+      const A least = -(A)__builtin_inf();
+      rows.ref_s[k] = top_s == least ? 0 : top_s, rows.ref_t[k] = top_t == least ? 0 : top_t;  // all masked: no shift
+    }
+    if constexpr (MOMENTS) {
+      double mean, deviation;
+      row_moments(t, c.C, &mean, &deviation);
+      rows.scale_t[k] = (A)(c.kappa / (deviation + c.p.eps));
+      row_moments(s, c.C, &rows.mean[k], &rows.deviation[k]);
+      rows.scale_s[k] = (A)(c.kappa / (rows.deviation[k] + c.p.eps));
+    }
+    if (c.p.cross_entropy) rows.top[k] = row_maximum<T, false>(s, c.C, -1, w.of_s);
+    if (c.p.cross_entropy && c.p.label_smoothing != 0) {
+      rows.mean_top[k] = mean_above<T>(s, c.C, rows.top[k]);
+    } else {
+      rows.mean_top[k] = 0;
+    }
+  }
+}
+
+// The labels' own logits, as their row's maths wants them.
+template <class T, Affine F, class A = Accumulator<T>>
+KD_INLINE void read_labels(const Context<T>& c, const Columns<A> of_s, const Columns<A> of_t, int64_t i, int n, Rows<A>& rows) {
+  for (int k = 0; k < n; k++) {
+    rows.label_s[k] = rows.label_t[k] = rows.label_top[k] = rows.label_gap[k] = 0;
+    if (!c.labels()) continue;
+    const int64_t y = c.p.index[i + k];
+    const A s = Vec<A>::in(c.s + (i + k) * c.lds + y, 1)[0], t = Vec<A>::in(c.t + (i + k) * c.ldt + y, 1)[0];
+    if constexpr (F == Affine::row) {
+      rows.label_s[k] = ((double)s - rows.ref_s[k]) * rows.scale_s[k];
+      rows.label_t[k] = ((double)t - rows.ref_t[k]) * rows.scale_t[k];
+    } else {
+      rows.label_s[k] = ((double)s - of_s.ref[y]) * of_s.scale[y] + of_s.offset[y];
+      rows.label_t[k] = ((double)t - of_t.ref[y]) * of_t.scale[y] + of_t.offset[y];
+      if constexpr (F == Affine::shifted) rows.label_s[k] -= rows.ref_s[k], rows.label_t[k] -= rows.ref_t[k];
+    }
+    rows.label_top[k] = (double)s - rows.top[k];
+    rows.label_gap[k] = (double)s - rows.ref_s[k];
+  }
+}
+
+// dL/dh at the label of row k: left out of the sums by DKD, in them for KD. Its exponentials there are in e.
+template <class T, class A = Accumulator<T>>
+KD_INLINE A label_gradient(const Context<T>& c, Scratch<A> e, const RowFactors<A>& f, int k, int64_t y) {
+  return c.p.decoupled ? f.label[k] : f.student[k] * e.student[y] - f.teacher[k] * e.teacher[y];
+}
+
+// Gradient of rows [i, i + n) that needs nothing from the others.
+template <class T, Affine F, bool MOMENTS, bool CE, class A = Accumulator<T>>
+void write_rows(const Context<T>& c, const RowsWork<T>& w, const RowsPlan<T>& plan, int64_t i, int n, Scratch<A> e,
+                RowFactors<A>& f) {
+  for (int k = 0; k < n; k++) {
+    const T* s = c.s + (i + k) * c.lds;
+    T* out = c.grad + (i + k) * c.C;
+    const Scratch<A> own = e.at(k, 0);
+    write_local<T, F != Affine::row, MOMENTS, CE>(s, out, c.C, own, f, k, w.final.gain, plan.stream);
+    if (!c.labels()) continue;
+    const int64_t y = c.p.index[i + k];
+    A g = label_gradient(c, own, f, k, y);
+    if constexpr (F != Affine::row) g *= w.final.gain[y];
+    if constexpr (MOMENTS) g += (Vec<A>::in(s + y, 1)[0] - f.center[k]) * f.slope[k] + f.level[k];
+    if constexpr (CE) g += f.at_label[k];
+    Vec<A>::out(out + y, Vec<A>::set(g), 1);
+  }
+}
+
+// dL/dh of rows [i, i + n), kept, and its column sums.
+template <class T, bool CE, class A = Accumulator<T>>
+void keep_rows(const Context<T>& c, const RowsWork<T>& w, int64_t i, int n, Scratch<A> e, const RowFactors<A>& f, A* sum,
+               bool padded_g) {
+  A *g = w.g + i * w.ldg, *moment = sum + c.padded;
+  int k = 0;
+  for (; k + 4 <= n; k += 4)
+    sum_gradients<T, CE, 4>(c.s + (i + k) * c.lds, c.lds, c.C, e.at(k, 0), f, k, w.of_s.ref, w.inverse_gain, g + k * w.ldg,
+                            w.ldg, padded_g, sum, moment);
+  for (; k < n; k++)
+    sum_gradients<T, CE, 1>(c.s + (i + k) * c.lds, c.lds, c.C, e.at(k, 0), f, k, w.of_s.ref, w.inverse_gain, g + k * w.ldg,
+                            w.ldg, padded_g, sum, moment);
+  if (!c.labels()) return;
+  for (k = 0; k < n; k++) {
+    const int64_t y = c.p.index[i + k];
+    const A x = label_gradient(c, e.at(k, 0), f, k, y);
+    if (c.p.decoupled) {
+      sum[y] += x;
+      moment[y] += x * (Vec<A>::in(c.s + (i + k) * c.lds + y, 1)[0] - w.of_s.ref[y]);
+    }
+    g[k * w.ldg + y] = CE ? x + f.at_label[k] * w.inverse_gain[y] : x;
+  }
+}
+
+// Rows [begin, end) of one shard, a few at a time.
+template <class T, Affine F, bool MOMENTS, bool CE, class A = Accumulator<T>>
+KD_NOINLINE void rows_shard(const Context<T>& c, const RowsWork<T>& w, const RowsPlan<T>& plan, Range r, Scratch<A> e, A* sum) {
+  using V = Vec<A>;
+  const bool keep = c.grad || c.p.sums_out;
+  int64_t skip[kRows], label[kRows];
+  Rows<A> rows = {};
+  RowFactors<A> f = {};
+  for (int64_t i = r.begin; i < r.end; i += plan.chunk) {
+    const int n = (int)smaller(plan.chunk, r.end - i);
+    for (int k = 0; k < kRows; k++) {
+      skip[k] = c.p.decoupled && k < n ? c.p.index[i + k] : -1;
+      label[k] = CE && k < n ? c.p.index[i + k] : -1;
+    }
+    measure_rows<T, F, MOMENTS>(c, w, i, n, skip, rows);
+    __builtin_memset(rows.sum, 0, sizeof rows.sum);
+    for (int64_t j = 0; j < c.C; j += 64 * V::W) {
+      const Tile<T> x = {c.s + i * c.lds + j, c.t + i * c.ldt + j, c.lds, c.ldt, j, smaller(64 * V::W, c.C - j),
+                         w.of_s.at(j), w.of_t.at(j)};
+      exp_tile<T, F, MOMENTS, CE, true>(x, rows, n, skip, label, e.at(0, j), 0);
+    }
+    read_labels<T, F>(c, w.of_s, w.of_t, i, n, rows);
+    finish_rows(c, i, n, rows, f);
+    if (!keep) continue;
+    if (plan.wait) {
+      keep_rows<T, CE>(c, w, i, n, e, f, sum, !plan.in_place);
+    } else {
+      if constexpr (MOMENTS) through_instance(rows, f, n, c.C, c.p.eps);
+      write_rows<T, F, MOMENTS, CE>(c, w, plan, i, n, e, f);
+    }
+  }
+}
+
+// Column sums of all shards, in order, and the constants of the last pass.
+template <class T, class A = Accumulator<T>>
+void rows_combine(const Context<T>& c, const RowsWork<T>& w, const RowsPlan<T>& plan, Range v) {
+  using V = Vec<A>;
+  const int64_t first = v.begin * V::W, end = v.end * V::W;
+  A* total = w.partial;
+  for (int64_t q = 0; q < 2; q++)
+    for (int64_t j = q * c.padded + first; j < q * c.padded + end; j += V::W) {
+      auto x = V::load(total + j);
+      for (int64_t k = 1; k < plan.shards; k++) x = x + V::load(w.sum(c, k) + j);
+      V::store(total + j, x);
+    }
+  if (first < end)
+    finish_final(c, first, smaller(end, c.C) - first, w.of_s.at(first), total + first, total + c.padded + first,
+                 w.final.at(first));
+}
+
+template <class T, class A = Accumulator<T>>
+void rows_final(const Context<T>& c, const RowsWork<T>& w, Range r) {
+  const T* s = c.s;
+  int64_t i = r.end;  // backwards: the last rows are still in the cache
+  for (; i - 4 >= r.begin; i -= 4)
+    write_final<T, 4>(s + (i - 4) * c.lds, c.lds, c.C, w.of_s.ref, w.final, w.g + (i - 4) * w.ldg, w.ldg,
+                      c.grad + (i - 4) * c.C, c.C);
+  for (; i > r.begin; i--)
+    write_final<T, 1>(s + (i - 1) * c.lds, c.lds, c.C, w.of_s.ref, w.final, w.g + (i - 1) * w.ldg, w.ldg,
+                      c.grad + (i - 1) * c.C, c.C);
+}
+
+template <class T, Affine F, bool MOMENTS, bool CE>
+void run_rows(const Context<T>& c) {
+  using A = Accumulator<T>;
+  const RowsPlan<T> plan(c);
+  const int64_t P = c.padded, wide = 64 * Vec<A>::W, own = 3 * plan.chunk * P + 4 * wide;
+  const int64_t kept = !plan.wait || plan.in_place ? 0 : c.grad ? c.B * P : 4 * P;
+  const int threads = c.B * P < 9600 ? 1 : c.p.threads;
+  Arena arena = workspace((10 * P + (plan.wait ? plan.shards * 2 * P : 0) + kept + threads * (own + 16)) * sizeof(A) + 4096);
+  RowsWork<T> w;
+  A** const columns[] = {&w.of_s.ref,    &w.of_s.scale,  &w.of_s.offset,  &w.of_t.ref,     &w.of_t.scale,
+                         &w.of_t.offset, &w.final.gain, &w.final.slope, &w.final.level, &w.inverse_gain};
+  for (A** p : columns) *p = arena.take<A>(P);
+  w.partial = plan.wait ? arena.take<A>(plan.shards * 2 * P) : nullptr;
+  w.g = kept ? arena.take<A>(kept) : (A*)c.grad;
+  w.ldg = plan.in_place ? c.C : c.grad ? P : 0;
+  A* each = arena.take<A>(threads * round_up(own, 16));
+  team(threads, [&](const Member& me) {
+    A* mine = each + me.id * round_up(own, 16);
+    const Scratch<A> e = {mine, mine + plan.chunk * P, mine + 2 * plan.chunk * P, P};
+    const Range vectors = share(c.vectors, me.id, me.size), shards = share(plan.shards, me.id, me.size);
+    if constexpr (F != Affine::row) {
+      rows_columns(c, w, vectors, mine + 3 * plan.chunk * P);
+      me.wait();
+    }
+    for (int64_t k = shards.begin; k < shards.end; k++) {
+      A* sum = plan.wait ? w.sum(c, k) : nullptr;
+      if (plan.wait) clear(sum, 2 * P);
+      rows_shard<T, F, MOMENTS, CE>(c, w, plan, {k * plan.shard_rows, smaller(c.B, (k + 1) * plan.shard_rows)}, e, sum);
+    }
+    if (!plan.wait) return;
+    me.wait();
+    rows_combine(c, w, plan, vectors);
+    if (!c.grad) return;
+    me.wait();
+    rows_final(c, w, {smaller(c.B, shards.begin * plan.shard_rows), smaller(c.B, shards.end * plan.shard_rows)});
+  });
+}
+
+}  // namespace kdcore::cpu::KD_ISA
