@@ -83,7 +83,7 @@ void sum_shard(const Context<T>& c, const ColumnsPlan<T>& plan, const ColumnsWor
       const Tile<T> x = {c.s + i * c.lds + j.begin, c.t + i * c.ldt + j.begin, c.lds, c.ldt, j.begin, n,
                          w.of_s.at(j.begin), w.of_t.at(j.begin)};
       __builtin_memset(rows.sum, 0, sizeof rows.sum);
-      exp_tile<T, Affine::column, false, false, false>(x, rows, m, skip, none, Scratch<A>{}, next);
+      exp_tile<T, Affine::column, false, false, false>(x, rows, m, skip, none, Scratch<A>{}, {i + plan.ahead + kRows <= c.B ? plan.ahead : 0, next});
       for (int q = 0; q < 3; q++)
         for (int k = 0; k < kRows; k++) sums[q * w.rows + i + k] += rows.sum[q][k];
       if constexpr (CE) rest_of_block(c, j, i, m, top + i, sums + 3 * w.rows + i);
@@ -124,7 +124,7 @@ void finish_block(const Context<T>& c, const ColumnsPlan<T>& plan, const Columns
 template <class T, bool CE, int R, class A = Accumulator<T>>
 KD_NOINLINE void block_gradients(const Context<T>& c, const ColumnsWork<T>& w, const Tile<T>& x, int64_t i,
                                  const int64_t* skip, const int64_t* label, const A* inverse_gain, A* g, int64_t ldg, A* sum,
-                                 A* moment, int64_t rows_ahead, int64_t next, const T* write) {
+                                 A* moment, Ahead ahead, const T* write) {
   using V = Vec<A>;
   using X = typename V::R;
   X a[R], b[R], other[R], uniform[R], top[R];
@@ -133,20 +133,24 @@ KD_NOINLINE void block_gradients(const Context<T>& c, const ColumnsWork<T>& w, c
     other[r] = V::set(w.other[i + r]), uniform[r] = V::set(w.uniform[i + r]), top[r] = V::set(w.top[i + r]);
   }
   const X log2e = V::set((A)kLog2e);
-  around_labels<V::W, R>(x.n, CE ? label : skip, [&](int64_t j, auto whole) __attribute__((always_inline)) {
+  // the stores below could alias what x and c point from: copies spare reloading it at every vector
+  const T *s0 = x.s, *t0 = x.t;
+  const int64_t n = x.n, lds = x.lds, ldt = x.ldt, ldo = c.C;
+  const Columns<A> of_s = x.of_s, of_t = x.of_t;
+  around_labels<V::W, R>(n, CE ? label : skip, [&](int64_t j, auto whole) __attribute__((always_inline)) {
     constexpr bool kWhole = decltype(whole)::value;
-    const int left = (int)smaller(V::W, x.n - j);
-    const X cs = V::load(x.of_s.ref + j), as = V::load(x.of_s.scale + j), bs = V::load(x.of_s.offset + j);
-    const X ct = V::load(x.of_t.ref + j), at = V::load(x.of_t.scale + j), bt = V::load(x.of_t.offset + j);
+    const int left = (int)smaller(V::W, n - j);
+    const X cs = V::load(of_s.ref + j), as = V::load(of_s.scale + j), bs = V::load(of_s.offset + j);
+    const X ct = V::load(of_t.ref + j), at = V::load(of_t.scale + j), bt = V::load(of_t.offset + j);
     X total = V::load(sum + j), weighted = V::load(moment + j);
 #pragma GCC unroll 2
     for (int r = 0; r < R; r++) {
-      const T *ps = x.s + r * x.lds + j, *pt = x.t + r * x.ldt + j;
+      const T *ps = s0 + r * lds + j, *pt = t0 + r * ldt + j;
       const X s = kWhole ? V::in(ps) : V::in(ps, left), t = kWhole ? V::in(pt) : V::in(pt, left);
       if constexpr (kWhole) {
-        if (rows_ahead) __builtin_prefetch(ps + rows_ahead * x.lds), __builtin_prefetch(pt + rows_ahead * x.ldt);
-        if (next) __builtin_prefetch(ps + next, 0, 2), __builtin_prefetch(pt + next, 0, 2);
-        if (write) __builtin_prefetch(write + r * c.C + j, 1, 2);
+        __builtin_prefetch(ps + ahead.rows * lds), __builtin_prefetch(pt + ahead.rows * ldt);
+        __builtin_prefetch(ps + ahead.block, 0, 2), __builtin_prefetch(pt + ahead.block, 0, 2);
+        if (write) __builtin_prefetch(write + r * ldo + j, 1, 2);
       }
       const X d = s - cs;
       X eu = V::exp2(V::fma(d, as, bs)), ev = V::exp2(V::fma(t - ct, at, bt));
@@ -210,9 +214,10 @@ void gradient_shard(const Context<T>& c, const ColumnsPlan<T>& plan, const Colum
       const T* write = plan.stream ? nullptr : c.grad + i * c.C + j.begin;
       const int64_t ahead = i + plan.ahead + 2 <= c.B ? plan.ahead : 0;
       if (pair) {
-        block_gradients<T, CE, 2>(c, w, x, i, skip, label, inverse, g + i * padded, padded, sum, moment, ahead, next, write);
+        block_gradients<T, CE, 2>(c, w, x, i, skip, label, inverse, g + i * padded, padded, sum, moment,
+                                  {ahead, next}, write);
       } else {
-        block_gradients<T, CE, 1>(c, w, x, i, skip, label, inverse, g + i * padded, padded, sum, moment, 0, 0, write);
+        block_gradients<T, CE, 1>(c, w, x, i, skip, label, inverse, g + i * padded, padded, sum, moment, {}, write);
       }
     }
     if (c.labels()) block_labels<T, CE>(c, w, j, inverse, g, padded, sum, moment);

@@ -22,6 +22,10 @@ struct AccumulatorOf<double> {
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
+// Eight rows at once, for the maths of rows.
+typedef double d8 __attribute__((vector_size(64)));
+typedef int64_t i8 __attribute__((vector_size(64)));
+
 constexpr double kLn2 = 0.693147180559945309417, kLog2e = 1.44269504088896340736;
 
 // 2^f for |f| <= 1/2, minimax of degree 5, 7.5e-8 relative; highest power first.
@@ -33,7 +37,6 @@ constexpr double kExp[kExpTerms] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 399
                                     1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
                                     1.0 / 6,          1.0 / 2,         1.0,            1.0};
 
-// Lines of the cache, pages of memory and rows that are finished together.
-constexpr int kRows = 8;
+constexpr int kRows = 8;  // that are finished together
 
 }  // namespace kdcore::cpu

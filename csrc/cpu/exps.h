@@ -17,6 +17,11 @@ struct Scratch {
   }
 };
 
+// What to prefetch while a vector is worked on: its like some rows below, and in a block some columns away.
+struct Ahead {
+  int64_t rows, block;
+};
+
 // Columns [first, first + n) of the pair's rows; the pointers are to the first of them.
 template <class T>
 struct Tile {
@@ -45,78 +50,96 @@ KD_INLINE void around_labels(int64_t n, const int64_t* labels, Step step) {
   if (whole * W < n) step(whole * W, No{});
 }
 
-// Sums of R rows over a tile, as vectors, one after the other, in partial[sum][row]; with keep also the exponentials.
-// Labels are columns of the tile (skip: left out of u and v; label: left out of the cross-entropy's sum).
+// A row on its way through a tile. Plain members, not arrays over the rows: they stay in registers.
+template <class T, class V = Vec<Accumulator<T>>>
+struct Running {
+  using X = typename V::R;
+  using A = Accumulator<T>;
+  const T *s, *t;
+  A *student, *teacher, *others;  // where exponentials are kept
+  int64_t skip, label;
+  X zs = V::set(0), zt = zs, gap = zs, moment_s = zs, moment_t = zs, rest = zs;
+  X ref_s, ref_t, scale_s, scale_t, top;
+
+  KD_INLINE Running(const Tile<T>& x, const Rows<A>& rows, int k, int r, const int64_t* skips, const int64_t* labels,
+                    Scratch<A> keep)
+      : s(x.s + r * x.lds), t(x.t + r * x.ldt), student(keep.student + r * keep.stride),
+        teacher(keep.teacher + r * keep.stride), others(keep.rest + r * keep.stride), skip(skips[r]), label(labels[r]),
+        ref_s(V::set(rows.ref_s[k + r])), ref_t(V::set(rows.ref_t[k + r])), scale_s(V::set(rows.scale_s[k + r])),
+        scale_t(V::set(rows.scale_t[k + r])), top(V::set(rows.top[k + r])) {}
+
+  template <bool MOMENTS, bool CE>
+  KD_INLINE void store(A* out) const {
+    constexpr int next = kRows * V::W;
+    V::store(out, zs), V::store(out + next, zt), V::store(out + 2 * next, gap);
+    if constexpr (MOMENTS) V::store(out + 3 * next, moment_s), V::store(out + 4 * next, moment_t);
+    if constexpr (CE) V::store(out + 5 * next, rest);
+  }
+};
+
+// Sums of R rows, 1 or 2, over a tile, as vectors, one after the other, in partial[sum][row]; with KEEP also the
+// exponentials. Labels are columns of the tile (skips: left out of u and v; labels: left out of the cross-entropy's sum).
 template <class T, Affine F, bool MOMENTS, bool CE, bool KEEP, int R, class A = Accumulator<T>>
-KD_NOINLINE void exp_rows(const Tile<T>& x, const Rows<A>& rows, int k, const int64_t* skip, const int64_t* label,
-                          Scratch<A> keep, A* partial, int64_t ahead) {
+KD_NOINLINE void exp_rows(const Tile<T>& x, const Rows<A>& rows, int k, const int64_t* skips, const int64_t* labels,
+                          Scratch<A> keep, A* partial, Ahead ahead) {
   using V = Vec<A>;
   using X = typename V::R;
   constexpr bool select = F != Affine::column && !MOMENTS;  // a masked class: 0 * inf is not added
-  X zs[R], zt[R], gap[R], es_d[R], et_d[R], rest[R], ref_s[R], ref_t[R], scale_s[R], scale_t[R], top[R];
-  for (int r = 0; r < R; r++) {
-    zs[r] = zt[r] = gap[r] = es_d[r] = et_d[r] = rest[r] = V::set(0);
-    ref_s[r] = V::set(rows.ref_s[k + r]), ref_t[r] = V::set(rows.ref_t[k + r]);
-    scale_s[r] = V::set(rows.scale_s[k + r]), scale_t[r] = V::set(rows.scale_t[k + r]);
-    top[r] = V::set(rows.top[k + r]);
-  }
+  Running<T> first(x, rows, k, 0, skips, labels, keep), second(x, rows, k, R - 1, skips, labels, keep);
   const X log2e = V::set((A)kLog2e);
-  int64_t cut[R];
-  for (int r = 0; r < R; r++) cut[r] = CE ? label[r] : skip[r];
-  around_labels<V::W, R>(x.n, cut, [&](int64_t j, auto whole) __attribute__((always_inline)) {
+  const int64_t n = x.n, rows_ahead = ahead.rows * x.lds;
+  const Columns<A> of_s = x.of_s, of_t = x.of_t;
+  around_labels<V::W, R>(n, CE ? labels : skips, [&](int64_t j, auto whole) __attribute__((always_inline)) {
     constexpr bool kWhole = decltype(whole)::value;
-    const int left = (int)smaller(V::W, x.n - j);
+    const int left = (int)smaller(V::W, n - j);
     X cs, as, bs, ct, at, bt;
     if constexpr (F != Affine::row) {
-      cs = V::load(x.of_s.ref + j), as = V::load(x.of_s.scale + j), bs = V::load(x.of_s.offset + j);
-      ct = V::load(x.of_t.ref + j), at = V::load(x.of_t.scale + j), bt = V::load(x.of_t.offset + j);
+      cs = V::load(of_s.ref + j), as = V::load(of_s.scale + j), bs = V::load(of_s.offset + j);
+      ct = V::load(of_t.ref + j), at = V::load(of_t.scale + j), bt = V::load(of_t.offset + j);
     }
-#pragma GCC unroll 2
-    for (int r = 0; r < R; r++) {
-      const T *ps = x.s + r * x.lds + j, *pt = x.t + r * x.ldt + j;
-      const X s = kWhole ? V::in(ps) : V::in(ps, left), t = kWhole ? V::in(pt) : V::in(pt, left);
-      if (kWhole && ahead) __builtin_prefetch(ps + ahead, 0, 2), __builtin_prefetch(pt + ahead, 0, 2);
+    auto row = [&](Running<T>& q) __attribute__((always_inline)) {
+      const X s = kWhole ? V::in(q.s + j) : V::in(q.s + j, left), t = kWhole ? V::in(q.t + j) : V::in(q.t + j, left);
+      if constexpr (kWhole && !KEEP) {
+        __builtin_prefetch(q.s + j + rows_ahead), __builtin_prefetch(q.t + j + rows_ahead);
+        __builtin_prefetch(q.s + j + ahead.block, 0, 2), __builtin_prefetch(q.t + j + ahead.block, 0, 2);
+      }
       X ds, u, v;
       if constexpr (F == Affine::row) {
-        ds = s - ref_s[r];
-        u = ds * scale_s[r], v = (t - ref_t[r]) * scale_t[r];
+        ds = s - q.ref_s;
+        u = ds * q.scale_s, v = (t - q.ref_t) * q.scale_t;
       } else {
         u = V::fma(s - cs, as, bs), v = V::fma(t - ct, at, bt);
-        if constexpr (F == Affine::shifted) u = u - ref_s[r], v = v - ref_t[r];
+        if constexpr (F == Affine::shifted) u = u - q.ref_s, v = v - q.ref_t;
       }
       X eu = V::exp2(u), ev = V::exp2(v), d = v - u, ec;
-      if constexpr (CE) ec = V::exp2((s - top[r]) * log2e);
+      if constexpr (CE) ec = V::exp2((s - q.top) * log2e);
       if constexpr (!kWhole) {
-        eu = V::head(V::without(eu, skip[r] - j, 0), left), ev = V::head(V::without(ev, skip[r] - j, 0), left);
-        d = V::head(V::without(d, skip[r] - j, 0), left);
+        eu = V::head(V::without(eu, q.skip - j, 0), left), ev = V::head(V::without(ev, q.skip - j, 0), left);
+        d = V::head(V::without(d, q.skip - j, 0), left);
         if constexpr (MOMENTS) ds = V::head(ds, left);
-        if constexpr (CE) ec = V::head(V::without(ec, label[r] - j, 0), left);
+        if constexpr (CE) ec = V::head(V::without(ec, q.label - j, 0), left);
       }
       if constexpr (select) d = V::where_nonzero(ev, d);
       if constexpr (KEEP) {
-        const Scratch<A> out = keep.at(r, j);
-        V::store(out.student, eu), V::store(out.teacher, ev);
-        if constexpr (CE) V::store(out.rest, ec);
+        V::store(q.student + j, eu), V::store(q.teacher + j, ev);
+        if constexpr (CE) V::store(q.others + j, ec);
       }
-      zs[r] = zs[r] + eu, zt[r] = zt[r] + ev, gap[r] = V::fma(ev, d, gap[r]);
-      if constexpr (MOMENTS) es_d[r] = V::fma(eu, ds, es_d[r]), et_d[r] = V::fma(ev, ds, et_d[r]);
-      if constexpr (CE) rest[r] = rest[r] + ec;
-    }
+      q.zs = q.zs + eu, q.zt = q.zt + ev, q.gap = V::fma(ev, d, q.gap);
+      if constexpr (MOMENTS) q.moment_s = V::fma(eu, ds, q.moment_s), q.moment_t = V::fma(ev, ds, q.moment_t);
+      if constexpr (CE) q.rest = q.rest + ec;
+    };
+    row(first);
+    if constexpr (R == 2) row(second);
   });
-  for (int r = 0; r < R; r++) {
-    A* out = partial + (k + r) * V::W;
-    constexpr int next = kRows * V::W;
-    V::store(out, zs[r]), V::store(out + next, zt[r]), V::store(out + 2 * next, gap[r]);
-    if constexpr (MOMENTS) V::store(out + 3 * next, es_d[r]), V::store(out + 4 * next, et_d[r]);
-    if constexpr (CE) V::store(out + 5 * next, rest[r]);
-  }
+  first.template store<MOMENTS, CE>(partial + k * V::W);
+  if constexpr (R == 2) second.template store<MOMENTS, CE>(partial + (k + 1) * V::W);
 }
 
 // n <= 8 rows of a tile, two at a time, added to rows.sum. x.s and x.t are those of the first row; skip and label hold
 // columns of the whole row, -1 for none.
 template <class T, Affine F, bool MOMENTS, bool CE, bool KEEP, class A = Accumulator<T>>
 void exp_tile(Tile<T> x, Rows<A>& rows, int n, const int64_t* skip, const int64_t* label, Scratch<A> keep,
-              int64_t ahead) {
+              Ahead ahead) {
   using V = Vec<A>;
   alignas(64) A partial[kSums * kRows * V::W];
   if (n < kRows) __builtin_memset(partial, 0, sizeof partial);

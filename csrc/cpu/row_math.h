@@ -3,9 +3,6 @@
 
 namespace kdcore::cpu::KD_ISA {
 
-typedef double d8 __attribute__((vector_size(64)));
-typedef int64_t i8 __attribute__((vector_size(64)));
-
 KD_INLINE d8 load8(const double* p) {
   d8 v;
   __builtin_memcpy(&v, p, 64);
@@ -18,9 +15,12 @@ KD_INLINE d8 exp8(d8 x) {
   constexpr double shift = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to whole numbers
   const d8 low = d8{} - 708.0, high = -low, above = x > low ? x : low, safe = above < high ? above : high;
   const d8 rounded = safe * kLog2e + shift, k = rounded - shift;
-  const d8 f = (safe - k * 0.693147180369123816490) - k * 1.90821492927058770002e-10;
-  d8 p = f * kExp[0] + kExp[1];
-  for (int i = 2; i < kExpTerms; i++) p = p * f + kExp[i];
+  const d8 f = fma8(k, d8{} - 1.90821492927058770002e-10, fma8(k, d8{} - 0.693147180369123816490, safe));
+  // four short chains instead of a long one: eight rows wait for the result
+  const d8 f2 = f * f, f4 = f2 * f2;
+  auto pair = [&](int i) __attribute__((always_inline)) { return fma8(f2, d8{} + kExp[i], d8{} + kExp[i + 2]); };
+  const d8 even = fma8(fma8(pair(1), f4, pair(5)), f4, pair(9)), odd = fma8(fma8(pair(0), f4, pair(4)), f4, pair(8));
+  const d8 p = fma8(fma8(odd, f, even), f2, f + 1.0);
   const i8 whole = (i8)rounded - (i8)(d8{} + shift);
   const d8 value = p * (d8)((whole + 1023) << 52), zero = {};
   return x < low ? zero : x != x ? x : value;
@@ -31,8 +31,11 @@ KD_INLINE d8 log8(d8 x) {
   const i8 bits = (i8)x, over = bits - 0x3fe6a09e667f3bcd;  // of the square root of 1/2
   const i8 k = over >> 52;
   const d8 m = (d8)(bits - (k << 52)), f = (m - 1.0) / (m + 1.0), g = f * f;
-  d8 p = d8{} + 1.0 / 23;
-  for (int i = 21; i >= 3; i -= 2) p = p * g + 1.0 / i;
+  const d8 g2 = g * g;
+  d8 even = d8{} + 1.0 / 23, odd = d8{} + 1.0 / 21;
+  for (int i = 19; i >= 3; i -= 4) even = fma8(even, g2, d8{} + 1.0 / i);
+  for (int i = 17; i >= 5; i -= 4) odd = fma8(odd, g2, d8{} + 1.0 / i);
+  const d8 p = fma8(odd, g, even);
   const d8 e = __builtin_convertvector(k, d8), twice = f + f;
   const d8 value = e * 0.693147180369123816490 + (twice + (twice * g * p + e * 1.90821492927058770002e-10));
   const d8 infinity = d8{} + __builtin_inf(), least = d8{} + 2.2250738585072014e-308;
@@ -44,9 +47,9 @@ KD_INLINE d8 log8(d8 x) {
 namespace kdcore {
 
 template <>
-struct Num<cpu::KD_ISA::d8> {
-  using d8 = cpu::KD_ISA::d8;
-  using i8 = cpu::KD_ISA::i8;
+struct Num<cpu::d8> {
+  using d8 = cpu::d8;
+  using i8 = cpu::i8;
   static KD_INLINE double of(double x) { return x; }
   static KD_INLINE d8 exp(d8 x) { return cpu::KD_ISA::exp8(x); }
   static KD_INLINE d8 log(d8 x) { return cpu::KD_ISA::log8(x); }

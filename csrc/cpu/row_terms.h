@@ -26,7 +26,9 @@ struct RowFactors {
 
 template <class A>
 KD_INLINE void store_factor(A* out, d8 value) {
-  for (int k = 0; k < kRows; k++) out[k] = (A)value[k];
+  typedef A a8 __attribute__((vector_size(kRows * sizeof(A))));
+  const a8 narrow = __builtin_convertvector(value, a8);
+  __builtin_memcpy(out, &narrow, sizeof narrow);
 }
 
 // Loss terms and factors of rows [first, first + n); the other lanes compute on ones.
@@ -59,8 +61,7 @@ void finish_rows(const Context<T>& c, int64_t first, int n, Rows<A>& rows, RowFa
   }
   if (!p.terms) return;
   const d8 out[4] = {kd * square, p.decoupled ? t.tckd * square : d8{}, p.decoupled ? t.nckd * square : d8{}, ce};
-  for (int q = 0; q < 4; q++)
-    for (int k = 0; k < n; k++) p.terms[q * c.B + first + k] = out[q][k];
+  for (int q = 0; q < 4; q++) __builtin_memcpy(p.terms + q * c.B + first, &out[q], n * sizeof(double));
 }
 
 // Instance normalisation: the factors of the row's gradient in z, from those in h. The sum of the gradient in h over the

@@ -14,6 +14,7 @@ struct RowsPlan {
   bool wait;     // dL/dh waits for the column sums
   bool in_place; // it does so in the gradient's own memory
   bool stream;
+  int64_t stat_rows, stat_shards;  // 0 shards: the statistics go down the columns
 
   explicit RowsPlan(const Context<T>& c) {
     const int64_t arrays = c.p.cross_entropy ? 3 : 2, row = c.padded * arrays * (int64_t)sizeof(A);
@@ -24,6 +25,9 @@ struct RowsPlan {
     shards = ceil_div(c.B, shard_rows);
     in_place = c.grad && sizeof(T) == sizeof(A);
     stream = c.B * c.C * (int64_t)sizeof(T) * 3 > (20 << 20);
+    // from memory whole rows come faster; from the cache columns need no second step
+    stat_rows = larger(64, round_up(ceil_div(c.B, 16), kRows));
+    stat_shards = c.batch && c.B * c.C * (int64_t)sizeof(T) > (8 << 20) ? ceil_div(c.B, stat_rows) : 0;
   }
 };
 
@@ -32,31 +36,78 @@ struct RowsWork {
   using A = Accumulator<T>;
   Columns<A> of_s, of_t;
   Final<A> final;
-  A *inverse_gain, *partial, *g;
+  A *inverse_gain, *partial, *stats, *g;
   int64_t ldg;
 
   KD_INLINE A* sum(const Context<T>& c, int64_t shard) const { return partial + shard * 2 * c.padded; }
 };
 
-// Per class constants, columns [v0, v1) in vectors.
+// Sums of deviations of the rows of shard k: [4, padded], student's sums and squares, teacher's.
 template <class T, class A = Accumulator<T>>
-void rows_columns(const Context<T>& c, const RowsWork<T>& w, Range v, A* spare) {
-  using V = Vec<A>;
-  const int64_t first = v.begin * V::W, end = smaller(v.end * V::W, c.C);
-  const int64_t ahead = c.B * c.C * (int64_t)sizeof(T) > (2 << 20);
-  if (c.batch) {
-    for (int64_t j = first; j < end; j += 64 * V::W) {
-      const int64_t n = smaller(64 * V::W, end - j);
-      batch_columns(c.s + j, c.B, c.lds, n, w.of_s.at(j), c.kappa, (A)c.p.eps, spare, ahead * 8 * c.lds);
-      batch_columns(c.t + j, c.B, c.ldt, n, w.of_t.at(j), c.kappa, (A)c.p.eps, spare, ahead * 8 * c.ldt);
-    }
-  } else {
-    const double* g = c.p.stats + first;
-    const int64_t n = end - first, padded = (v.end - v.begin) * V::W;
-    given_columns(g, g + c.C, n, padded, w.of_s.at(first), c.kappa, c.p.eps);
-    given_columns(g + 2 * c.C, g + 3 * c.C, n, padded, w.of_t.at(first), c.kappa, c.p.eps);
+void sum_deviations(const Context<T>& c, const RowsWork<T>& w, const RowsPlan<T>& plan, int64_t k) {
+  const int64_t first = k * plan.stat_rows, rows = smaller(plan.stat_rows, c.B - first);
+  A* sums = w.stats + k * 4 * c.padded;
+  clear(sums, 4 * c.padded);
+  for (int64_t i = first; i < first + rows; i += kRows) {
+    const int64_t n = smaller(kRows, first + rows - i);
+    add_rows(c.s + i * c.lds, n, c.lds, c.C, w.of_s.ref, sums, sums + c.padded, i + 2 * kRows <= c.B ? kRows * c.lds : 0);
+    add_rows(c.t + i * c.ldt, n, c.ldt, c.C, w.of_t.ref, sums + 2 * c.padded, sums + 3 * c.padded,
+             i + 2 * kRows <= c.B ? kRows * c.ldt : 0);
   }
-  for (int64_t j = first; j < v.end * V::W; j += V::W) {
+}
+
+// The columns' constants from the batch, [first, end), along the rows.
+template <class T, class A = Accumulator<T>>
+void statistics_by_rows(const Context<T>& c, const RowsWork<T>& w, const RowsPlan<T>& plan, const Member& me, Range v) {
+  using V = Vec<A>;
+  const int64_t first = v.begin * V::W, end = v.end * V::W;
+  for (int64_t j = first; j < end; j += V::W) {
+    V::store(w.of_s.ref + j, reference(c.s + j, c.B, c.lds, (int)smaller(V::W, c.C - j)));
+    V::store(w.of_t.ref + j, reference(c.t + j, c.B, c.ldt, (int)smaller(V::W, c.C - j)));
+  }
+  me.wait();
+  const Range mine = share(plan.stat_shards, me.id, me.size);
+  for (int64_t k = mine.begin; k < mine.end; k++) sum_deviations(c, w, plan, k);
+  me.wait();
+  for (int64_t q = 0; q < 4; q++)
+    for (int64_t j = q * c.padded + first; j < q * c.padded + end; j += V::W) {
+      auto x = V::load(w.stats + j);
+      for (int64_t k = 1; k < plan.stat_shards; k++) x = x + V::load(w.stats + k * 4 * c.padded + j);
+      V::store(w.stats + j, x);
+    }
+  const A *s = w.stats + first, *t = s + 2 * c.padded;
+  finish_columns(w.of_s.at(first), s, s + c.padded, end - first, c.B, c.kappa, (A)c.p.eps);
+  finish_columns(w.of_t.at(first), t, t + c.padded, end - first, c.B, c.kappa, (A)c.p.eps);
+}
+
+// The same, down the columns.
+template <class T, class A = Accumulator<T>>
+void statistics_by_columns(const Context<T>& c, const RowsWork<T>& w, Range v, A* spare) {
+  using V = Vec<A>;
+  const int64_t end = smaller(v.end * V::W, c.C), ahead = c.B * c.C * (int64_t)sizeof(T) > (2 << 20) ? kRows : 0;
+  for (int64_t j = v.begin * V::W; j < end; j += 64 * V::W) {
+    const int64_t n = smaller(64 * V::W, end - j);
+    batch_columns(c.s + j, c.B, c.lds, n, w.of_s.at(j), c.kappa, (A)c.p.eps, spare, ahead * c.lds);
+    batch_columns(c.t + j, c.B, c.ldt, n, w.of_t.at(j), c.kappa, (A)c.p.eps, spare, ahead * c.ldt);
+  }
+}
+
+// Per class constants of the columns whose vectors are [v.begin, v.end).
+template <class T, class A = Accumulator<T>>
+void rows_columns(const Context<T>& c, const RowsWork<T>& w, const RowsPlan<T>& plan, const Member& me, Range v, A* spare) {
+  using V = Vec<A>;
+  const int64_t first = v.begin * V::W, padded = (v.end - v.begin) * V::W;
+  if (plan.stat_shards) {
+    statistics_by_rows(c, w, plan, me, v);
+  } else if (c.batch) {
+    statistics_by_columns(c, w, v, spare);
+  } else {
+    const double* given = c.p.stats + first;
+    const int64_t n = smaller(padded, c.C - first);
+    given_columns(given, given + c.C, n, padded, w.of_s.at(first), c.kappa, c.p.eps);
+    given_columns(given + 2 * c.C, given + 3 * c.C, n, padded, w.of_t.at(first), c.kappa, c.p.eps);
+  }
+  for (int64_t j = first; j < first + padded; j += V::W) {
     const auto gain = V::load(w.of_s.scale + j) / V::set(c.kappa);
     V::store(w.final.gain + j, gain);
     V::store(w.inverse_gain + j, V::set(1) / gain);
@@ -180,7 +231,7 @@ KD_NOINLINE void rows_shard(const Context<T>& c, const RowsWork<T>& w, const Row
     for (int64_t j = 0; j < c.C; j += 64 * V::W) {
       const Tile<T> x = {c.s + i * c.lds + j, c.t + i * c.ldt + j, c.lds, c.ldt, j, smaller(64 * V::W, c.C - j),
                          w.of_s.at(j), w.of_t.at(j)};
-      exp_tile<T, F, MOMENTS, CE, true>(x, rows, n, skip, label, e.at(0, j), 0);
+      exp_tile<T, F, MOMENTS, CE, true>(x, rows, n, skip, label, e.at(0, j), {});
     }
     read_labels<T, F>(c, w.of_s, w.of_t, i, n, rows);
     finish_rows(c, i, n, rows, f);
@@ -230,12 +281,13 @@ void run_rows(const Context<T>& c) {
   const int64_t P = c.padded, wide = 64 * Vec<A>::W, own = 3 * plan.chunk * P + 4 * wide;
   const int64_t kept = !plan.wait || plan.in_place ? 0 : c.grad ? c.B * P : 4 * P;
   const int threads = c.B * P < 9600 ? 1 : c.p.threads;
-  Arena arena = workspace((10 * P + (plan.wait ? plan.shards * 2 * P : 0) + kept + threads * (own + 16)) * sizeof(A) + 4096);
+  Arena arena = workspace((10 * P + (plan.wait ? plan.shards * 2 * P : 0) + plan.stat_shards * 4 * P + kept + threads * (own + 16)) * sizeof(A) + 4096);
   RowsWork<T> w;
   A** const columns[] = {&w.of_s.ref,    &w.of_s.scale,  &w.of_s.offset,  &w.of_t.ref,     &w.of_t.scale,
                          &w.of_t.offset, &w.final.gain, &w.final.slope, &w.final.level, &w.inverse_gain};
   for (A** p : columns) *p = arena.take<A>(P);
   w.partial = plan.wait ? arena.take<A>(plan.shards * 2 * P) : nullptr;
+  w.stats = arena.take<A>(plan.stat_shards * 4 * P);
   w.g = kept ? arena.take<A>(kept) : (A*)c.grad;
   w.ldg = plan.in_place ? c.C : c.grad ? P : 0;
   A* each = arena.take<A>(threads * round_up(own, 16));
@@ -244,7 +296,7 @@ void run_rows(const Context<T>& c) {
     const Scratch<A> e = {mine, mine + plan.chunk * P, mine + 2 * plan.chunk * P, P};
     const Range vectors = share(c.vectors, me.id, me.size), shards = share(plan.shards, me.id, me.size);
     if constexpr (F != Affine::row) {
-      rows_columns(c, w, vectors, mine + 3 * plan.chunk * P);
+      rows_columns(c, w, plan, me, vectors, mine + 3 * plan.chunk * P);
       me.wait();
     }
     for (int64_t k = shards.begin; k < shards.end; k++) {

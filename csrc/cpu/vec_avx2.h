@@ -3,6 +3,14 @@
 
 namespace kdcore::cpu::KD_ISA {
 
+KD_INLINE d8 fma8(d8 a, d8 b, d8 c) {
+  __m256d x[2], y[2], z[2];
+  __builtin_memcpy(x, &a, 64), __builtin_memcpy(y, &b, 64), __builtin_memcpy(z, &c, 64);
+  for (int i = 0; i < 2; i++) z[i] = _mm256_fmadd_pd(x[i], y[i], z[i]);
+  __builtin_memcpy(&c, z, 64);
+  return c;
+}
+
 template <class A>
 struct Vec;
 

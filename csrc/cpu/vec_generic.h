@@ -3,6 +3,8 @@
 
 namespace kdcore::cpu::KD_ISA {
 
+KD_INLINE d8 fma8(d8 a, d8 b, d8 c) { return a * b + c; }  // may round twice
+
 KD_INLINE float from_bits(uint32_t x) {
   float y;
   __builtin_memcpy(&y, &x, 4);
