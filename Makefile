@@ -2,32 +2,38 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+BUILT := .venv/built
 
-.PHONY: install demo test test-long test-kill lint bench cuda-check numerics clean
+.PHONY: install demo test test-long test-kill lint bench cuda-check abi-check numerics clean
 
-install: $(READY)
+install: $(BUILT)
 
 $(READY): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kdcore needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "setting up .venv (torch is a large download, once)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(BIN)/python -m pip install --quiet torch torchvision
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
 	@touch $@
 
-demo: $(READY)
+# what has changed in csrc since; objects of the installation are reused
+$(BUILT): $(READY) $(wildcard csrc/*.* csrc/*/*.*)
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+demo: $(BUILT)
 	$(BIN)/kdcore run examples/digits.toml
 
-test: $(READY)
+test: $(BUILT)
 	$(BIN)/python -m pytest
 
-test-long: $(READY)
+test-long: $(BUILT)
 	$(BIN)/python -m pytest -m "not gpu"
 
 # runs killed at any instant must end with the uninterrupted run's student, by hash
 N ?= 50
-test-kill: $(READY)
+test-kill: $(BUILT)
 	$(BIN)/python tests/kill.py $(N)
 
 lint: $(READY)
@@ -39,11 +45,18 @@ lint: $(READY)
 numerics: $(READY)
 	$(BIN)/python tests/test_numerics.py
 
-bench: $(READY)
-	@echo "no benchmarks yet: they come with the compiled loss op"
+bench: $(BUILT)
+	$(BIN)/python benchmarks/bench_losses.py
 
+# registers and spills of the CUDA kernels, by nvcc alone
 cuda-check:
-	@echo "no CUDA sources yet: they come with the compiled loss op"
+	@$(PYTHON) tests/cuda_check.py
+
+# the build, loaded by other versions of torch than the one that built it: a large download for each, once
+TORCH_VERSIONS ?= 2.11.0
+abi-check: $(BUILT)
+	$(BIN)/python tests/abi_check.py $(TORCH_VERSIONS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f kdcore/*.so kdcore/_build.json

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
@@ -25,8 +26,8 @@ def examine(host: PluginHost) -> None:
     table.add_row("cores", str(len(os.sched_getaffinity(0))))
     table.add_row("C++ compiler", shutil.which("c++") or shutil.which("g++") or "none")
     table.add_row("nvcc", shutil.which("nvcc") or "none")
-    for name, text in _torch_facts():
-        table.add_row(name, text)
+    for name, text in (*_torch_facts(), *_back_ends()):
+        table.add_row(name, escape(text))
     table.add_row("plugins", ", ".join(str(origin) for origin in host.origins.values()))
     for reason in host.broken.values():
         table.add_row("broken plugin", escape(reason))
@@ -40,15 +41,29 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _torch_facts() -> list[tuple[str, str]]:
+def _torch_facts() -> Iterator[tuple[str, str]]:
     import torch
 
-    from ..losses import available_backends
+    yield "CUDA devices", ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"
+    yield "threads", str(torch.get_num_threads())
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    back_ends = ", ".join(available_backends())
-    return [
-        ("CUDA devices", ", ".join(gpus) or "none"),
-        ("threads", str(torch.get_num_threads())),
-        ("loss back ends", f"{back_ends} (this version has no compiled one)"),
-    ]
+
+def _back_ends() -> Iterator[tuple[str, str]]:
+    """Of the losses: how each was built and what it runs on, or why it is missing."""
+    import torch
+
+    from ..losses._extension import build_info, why_not
+
+    info = build_info()
+    details = {}
+    if why_not("cpu") is None:
+        threads = "OpenMP" if info["openmp"] else "without OpenMP"
+        built = f"{info['compiler']}, {threads}, torch {info['torch']}, for torch {info['oldest_torch']} or newer"
+        details["cpu"] = f"{info['isa']} (this machine has {', '.join(info['isas'])}); built by {built}"
+    if why_not("cuda") is None:
+        toolkit = f"{info['cuda'] // 1000}.{info['cuda'] % 1000 // 10}"
+        device = "" if torch.cuda.is_available() else ", but there is no device"
+        details["cuda"] = f"built by CUDA {toolkit} for {info['architectures']}{device}"
+    for name in ("cpu", "cuda"):
+        yield f"loss on {name}", f"live: {details[name]}" if name in details else f"missing: {why_not(name)}"
+    yield "loss reference", "live: plain torch, for whatever is missing"

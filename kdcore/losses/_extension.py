@@ -1,0 +1,98 @@
+"""Loading of the compiled op, and why a part of it is not there.
+
+Loading ``kdcore._C`` registers the ops with torch and their CPU kernels, ``kdcore._C_cuda`` adds the CUDA ones. Nothing
+is loaded before the first question is asked, and a module that fails to load stays away without an error: the losses
+then run on the reference.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+ISAS = ("generic", "avx2", "avx512")
+_PACKAGE = __name__.partition(".")[0]
+
+
+class _Part(NamedTuple):
+    """A module, or why there is none."""
+
+    module: ModuleType | None
+    problem: str | None = None
+
+
+def cpu_ops() -> bool:
+    """Whether the CPU kernels are loaded."""
+    return _cpu().module is not None
+
+
+def cuda_ops() -> bool:
+    """Whether the CUDA kernels are loaded; a device to run them on is another question."""
+    return _cuda().module is not None
+
+
+def why_not(name: str) -> str | None:
+    """Why the back end "cpu" or "cuda" is missing; None if it is not."""
+    return {"cpu": _cpu, "cuda": _cuda}[name]().problem
+
+
+def build_info() -> dict[str, Any]:
+    """How the loaded modules were built, and what this machine makes of them; empty without them."""
+    cpu, cuda = _cpu().module, _cuda().module
+    if cpu is None:
+        return {}
+    info: dict[str, Any] = {**cpu.build_info(), "isa": cpu.cpu_isa(), "isas": cpu.available_isas()}
+    if cuda is not None:
+        info |= {"cuda": cuda.cuda_version, "architectures": cuda.architectures}
+    return info
+
+
+@cache
+def _cpu() -> _Part:
+    import torch  # the module's libraries are torch's: it finds them only where torch has loaded them
+
+    # a second set of registrations would end the process
+    if f"{_PACKAGE}._C" not in sys.modules and hasattr(torch.ops.kdcore, "fused"):
+        return _Part(None, "another copy of kdcore has loaded its op in this process; import one of them alone")
+    part = _import("_C")
+    isa = os.environ.get("KDCORE_CPU_ISA")
+    if part.module and isa and isa not in ISAS:
+        warnings.warn(f"KDCORE_CPU_ISA={isa!r} is unknown and ignored. Use one of {', '.join(ISAS)}.", stacklevel=2)
+    return part
+
+
+@cache
+def _cuda() -> _Part:
+    if why := _cpu().problem:
+        return _Part(None, f"it needs the CPU one: {why}")
+    return _import("_C_cuda")
+
+
+def _import(name: str) -> _Part:
+    full = f"{_PACKAGE}.{name}"
+    try:
+        return _Part(importlib.import_module(full))
+    except ModuleNotFoundError as error:
+        if error.name == full:
+            return _Part(None, _never_built(name))
+        return _Part(None, f"{name} does not load: {error}")
+    except ImportError as error:
+        return _Part(None, f"{name} does not load: {error}")
+
+
+def _never_built(name: str) -> str:
+    """What setup.py noted when it left the module out."""
+    try:
+        missing = json.loads(Path(__file__).parents[1].joinpath("_build.json").read_text(encoding="utf-8"))["missing"]
+    except (OSError, ValueError, KeyError):
+        missing = {}
+    if name in missing:
+        return str(missing[name])
+    return f"{name} was not built for {sys.implementation.cache_tag}; install kdcore again, with this Python"
