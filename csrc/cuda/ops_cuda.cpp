@@ -1,0 +1,253 @@
+// The CUDA side of the ops whose schemas are in ../ops.cpp: arguments, outputs, workspace. The maths is in kernels.cu.
+// Nothing here reads from the device: no label is checked, no row counted, and the caller never waits.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "launch.h"
+
+// The checks of torch::stable name the file on the machine that built it; the Python side explains these further.
+#define KD_CHECK(condition, text) \
+  do {                            \
+    if (!(condition)) throw std::runtime_error("kdcore: " text); \
+  } while (false)
+
+namespace kdcore {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+using OptionalTensor = std::optional<Tensor>;
+
+// What every op but col_stats is given first, in the order of the schemas.
+struct Common {
+  const Tensor &student, &teacher;
+  const OptionalTensor &index, &row_beta, &stats;
+  double temperature, alpha, beta, kd_weight, ce_weight, label_smoothing, eps;
+  int64_t ignore_index, normalize;
+  bool decoupled, cross_entropy, through;
+};
+
+#define KD_COMMON                                                                                                  \
+  const Tensor &student, const Tensor &teacher, const OptionalTensor &index, const OptionalTensor &row_beta,       \
+      const OptionalTensor &stats, double temperature, double alpha, double beta, double kd_weight,                \
+      double ce_weight, double label_smoothing, double eps, int64_t ignore_index, int64_t normalize,               \
+      bool decoupled, bool cross_entropy, bool through
+#define KD_COMMON_VALUES                                                                                           \
+  Common {                                                                                                         \
+    student, teacher, index, row_beta, stats, temperature, alpha, beta, kd_weight, ce_weight, label_smoothing,     \
+        eps, ignore_index, normalize, decoupled, cross_entropy, through                                            \
+  }
+
+cuda::Dtype dtype_of(const Tensor& logits) {
+  const ScalarType type = logits.scalar_type();
+  if (type == ScalarType::Float) return cuda::Dtype::f32;
+  if (type == ScalarType::BFloat16) return cuda::Dtype::bf16;
+  if (type == ScalarType::Half) return cuda::Dtype::f16;
+  KD_CHECK(type == ScalarType::Double, "logits must be float32, float64, float16 or bfloat16");
+  return cuda::Dtype::f64;
+}
+
+ScalarType accumulator(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+Tensor row_major(const Tensor& z) { return z.stride(1) == 1 ? z : torch::stable::contiguous(z); }
+
+void check_device(const Tensor& tensor, const Tensor& student) {
+  KD_CHECK(tensor.is_cuda() && tensor.get_device_index() == student.get_device_index(),
+           "every tensor must be on the student's device");
+}
+
+// Contiguous numbers in the accumulator's dtype, which row_beta and the others below usually are already.
+OptionalTensor numbers(const OptionalTensor& tensor, int64_t size, const Tensor& student) {
+  if (!tensor) return std::nullopt;
+  check_device(*tensor, student);
+  KD_CHECK(tensor->numel() == size, "row_beta, stats, sums, count or grad_loss has a wrong size");
+  const ScalarType type = tensor->scalar_type(), acc = accumulator(student);
+  KD_CHECK(type == ScalarType::Float || type == ScalarType::Double,
+           "row_beta, stats, sums, count and grad_loss must be float32 or float64");
+  return torch::stable::contiguous(type == acc ? *tensor : torch::stable::to(*tensor, acc));
+}
+
+OptionalTensor labels(const OptionalTensor& index, const Tensor& student) {
+  if (!index) return std::nullopt;
+  check_device(*index, student);
+  KD_CHECK(index->scalar_type() == ScalarType::Long, "index must be int64");
+  KD_CHECK(index->dim() == 1 && index->size(0) == student.size(0), "index must have one label per row");
+  return torch::stable::contiguous(*index);
+}
+
+const void* data(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
+
+// Runs on the current stream of the logits' device; torch reuses the workspace only behind it on that stream.
+template <class Problem, class Launch>
+void launch(const Problem& problem, const Tensor& logits, Launch run) {
+  const Tensor workspace =
+      fresh(logits, {static_cast<int64_t>(cuda::workspace_bytes(problem))}, ScalarType::Byte);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(logits.get_device_index(), &stream));
+  const cudaError_t error = run(problem, workspace.data_ptr(), static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) throw std::runtime_error(std::string("kdcore: CUDA: ") + cudaGetErrorString(error));
+}
+
+const Common& checked(const Common& c) {
+  KD_CHECK(c.student.is_cuda(), "student must be on a CUDA device");
+  KD_CHECK(c.student.dim() == 2 && c.teacher.dim() == 2, "logits must be [B, C]");
+  KD_CHECK(c.student.size(0) == c.teacher.size(0) && c.student.size(1) == c.teacher.size(1),
+           "student and teacher differ in shape");
+  KD_CHECK(c.student.scalar_type() == c.teacher.scalar_type(), "student and teacher differ in dtype");
+  KD_CHECK(c.student.size(1) >= 2, "logits need at least 2 classes");
+  KD_CHECK(c.normalize >= 0 && c.normalize <= 2, "normalize must be 0, 1 or 2");
+  KD_CHECK(c.index || !(c.decoupled || c.cross_entropy), "DKD and cross-entropy need index");
+  KD_CHECK(!c.stats || (c.normalize == 1 && c.stats->dim() == 2 && c.stats->size(0) == 4),
+           "stats must be [4, C], with normalize = 1");
+  check_device(c.teacher, c.student);
+  return c;
+}
+
+// One call as the kernels want it; keeps what the problem points to.
+class Input {
+ public:
+  explicit Input(const Common& c)
+      : guard_(checked(c).student.get_device_index()),
+        student_(row_major(c.student)),
+        teacher_(row_major(c.teacher)),
+        index_(labels(c.index, c.student)),
+        row_beta_(numbers(c.row_beta, c.student.size(0), c.student)),
+        stats_(numbers(c.stats, 4 * c.student.size(1), c.student)),
+        rows(c.student.size(0)),
+        classes(c.student.size(1)),
+        type(c.student.scalar_type()),
+        acc(accumulator(c.student)) {
+    problem.shape = {rows, classes, dtype_of(c.student), static_cast<const int64_t*>(data(index_)), c.ignore_index};
+    problem.student = {student_.data_ptr(), student_.stride(0)};
+    problem.teacher = {teacher_.data_ptr(), teacher_.stride(0)};
+    problem.row_beta = data(row_beta_);
+    problem.temperature = c.temperature;
+    problem.alpha = c.alpha;
+    problem.beta = c.beta;
+    problem.kd_weight = c.kd_weight;
+    problem.ce_weight = c.cross_entropy ? c.ce_weight : 0;
+    problem.label_smoothing = c.label_smoothing;
+    problem.eps = c.eps;
+    problem.normalize = static_cast<cuda::Normalize>(c.normalize);
+    problem.decoupled = c.decoupled;
+    problem.cross_entropy = c.cross_entropy;
+    problem.stats = data(stats_);
+    problem.through = c.through;
+  }
+
+  void weigh(const Tensor& grad_loss) {
+    KD_CHECK(grad_loss.dim() == 1 && grad_loss.size(0) == rows, "grad_loss must have one number per row");
+    row_weight_ = numbers(grad_loss, rows, student_);
+    problem.row_weight = data(row_weight_);
+  }
+
+  void use_sums(const Tensor& sums, const Tensor& count) {
+    sums_ = numbers(sums, 2 * classes, student_);
+    count_ = numbers(count, 1, student_);
+    problem.sums = data(sums_);
+    problem.count = data(count_);
+  }
+
+  Tensor make(std::initializer_list<int64_t> sizes, ScalarType of) const { return fresh(student_, sizes, of); }
+
+  void run() const { launch(problem, student_, cuda::run); }
+
+ private:
+  DeviceGuard guard_;
+  Tensor student_, teacher_;
+  OptionalTensor index_, row_beta_, stats_, row_weight_, sums_, count_;
+
+ public:
+  int64_t rows, classes;
+  ScalarType type, acc;
+  cuda::Problem problem{};
+};
+
+std::tuple<Tensor, Tensor, Tensor> fused(KD_COMMON, bool mean, bool grad) {
+  Input in(KD_COMMON_VALUES);
+  const Tensor loss = in.make({}, in.acc), parts = in.make({4}, in.acc);
+  const Tensor gradient = grad ? in.make({in.rows, in.classes}, in.type) : in.make({0}, in.type);
+  in.problem.mean = mean;
+  in.problem.loss = loss.data_ptr();
+  in.problem.part_means = parts.data_ptr();
+  in.problem.grad = grad ? gradient.data_ptr() : nullptr;
+  in.run();
+  return {loss, parts, gradient};
+}
+
+std::tuple<Tensor, Tensor> forward(KD_COMMON) {
+  KD_CHECK(normalize != 1 || stats, "normalize = 1 needs stats");
+  Input in(KD_COMMON_VALUES);
+  const Tensor losses = in.make({in.rows}, in.acc), parts = in.make({4, in.rows}, in.acc);
+  in.problem.row_losses = losses.data_ptr();
+  in.problem.row_parts = parts.data_ptr();
+  in.run();
+  return {losses, parts};
+}
+
+Tensor sums(const Tensor& grad_loss, KD_COMMON) {
+  KD_CHECK(normalize == 1 && stats, "sums needs normalize = 1 and stats");
+  Input in(KD_COMMON_VALUES);
+  in.weigh(grad_loss);
+  const Tensor out = in.make({2, in.classes}, in.acc);
+  in.problem.col_sums = out.data_ptr();
+  in.run();
+  return out;
+}
+
+Tensor backward(const Tensor& grad_loss, KD_COMMON, const OptionalTensor& sums, const OptionalTensor& count) {
+  KD_CHECK(normalize != 1 || stats, "normalize = 1 needs stats");
+  KD_CHECK(sums.has_value() == count.has_value(), "sums and count belong together");
+  Input in(KD_COMMON_VALUES);
+  in.weigh(grad_loss);
+  if (sums) in.use_sums(*sums, *count);
+  const Tensor out = in.make({in.rows, in.classes}, in.type);
+  in.problem.grad = out.data_ptr();
+  in.run();
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> col_stats(const Tensor& z, const OptionalTensor& index, int64_t ignore_index) {
+  KD_CHECK(z.is_cuda(), "logits must be on a CUDA device");
+  KD_CHECK(z.dim() == 2 && z.size(1) >= 1, "logits must be [B, C]");
+  const DeviceGuard guard(z.get_device_index());
+  const Tensor logits = row_major(z);
+  const OptionalTensor labels_of = labels(index, z);
+  const ScalarType acc = accumulator(z);
+  const Tensor count = fresh(z, {}, acc), mean = fresh(z, {z.size(1)}, acc), m2 = fresh(z, {z.size(1)}, acc);
+  cuda::ColStats problem{};
+  problem.shape = {z.size(0), z.size(1), dtype_of(z), static_cast<const int64_t*>(data(labels_of)), ignore_index};
+  problem.logits = {logits.data_ptr(), logits.stride(0)};
+  problem.count = count.data_ptr();
+  problem.mean = mean.data_ptr();
+  problem.m2 = m2.data_ptr();
+  launch(problem, z, cuda::col_stats);
+  return {count, mean, m2};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kdcore, CUDA, m) {
+  m.impl("col_stats", TORCH_BOX(&col_stats));
+  m.impl("fused", TORCH_BOX(&fused));
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("sums", TORCH_BOX(&sums));
+  m.impl("backward", TORCH_BOX(&backward));
+}
+
+}  // namespace kdcore
