@@ -88,8 +88,9 @@ def _check_soft(target: Tensor, student: Tensor) -> None:
 
 
 def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    # on a GPU the check would wait for the device, whose own gather asserts the same
-    if target.device.type != "cpu" or torch.compiler.is_compiling() or not target.numel():
+    # on a GPU the check would wait for the device, and a label that is traced or mapped has no value to look at: what
+    # computes the loss finds the label as well
+    if target.device.type != "cpu" or _is_traced() or not target.numel():
         return
     low, high = (int(end) for end in torch.aminmax(target))
     if low >= 0 and high < classes:
@@ -100,6 +101,12 @@ def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
             f"target holds {int(bad[0])}, outside the {classes} classes. "
             f"Pass labels from 0 to {classes - 1}, or ignore_index={ignore_index} for rows to leave out."
         )
+
+
+def _is_traced() -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _check_settings(settings: Settings) -> None:
@@ -120,7 +127,7 @@ def _check_weight(name: str, value: float | Tensor, kinds: str = "a number or a 
     if isinstance(value, Tensor):
         if value.dim():
             raise ValueError(f"{name} has shape {_shape(value)}. Pass {kinds}.")
-    elif not math.isfinite(value):
+    elif not -math.inf < value < math.inf:
         raise ValueError(f"{name}={value} is not finite. Pass a finite number.")
 
 

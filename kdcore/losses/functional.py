@@ -1,22 +1,27 @@
 """The distillation losses as functions: arguments are checked here, once, and trusted below.
 
-Both compute a whole objective in one call: ``kd_weight`` x distillation + ``ce_weight`` x cross-entropy.
+Both compute a whole objective in one call: ``kd_weight`` x distillation + ``ce_weight`` x cross-entropy. A usual call
+goes straight to the kernel (``_fast``), another one that the op can do to the registered op (``compiled``), and what it
+cannot do to plain torch (``reference``).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
+import torch
 from torch import Tensor
 
-from . import _check, reference
+from . import _check, _fast, compiled, reference
 from ._ops import Backend, choose_backend
 from .options import Normalize
 from .reference import Reduction, Result, Settings, Statistics, Target, Weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_ON_CPU = ("auto", "cpu")
 
 
 class KDSettings(TypedDict, total=False):
@@ -94,6 +99,11 @@ def kd_loss(
     Sums and statistics are accumulated in float32 (float64 for float64 logits). The loss is float32 for half
     logits, the gradient has the logits' dtype. The teacher is detached unless ``teacher_grad``.
 
+    The compiled op computes the gradient with the loss, in the same passes. Its results do not depend on the number of
+    threads. It is differentiable once: ``create_graph=True`` works, but differentiating the gradient is a RuntimeError;
+    ``backend="reference"`` is differentiable any number of times. torch.compile takes a call as one graph, and compiles
+    nothing anew for another temperature or weight.
+
     Args:
         student: [B, C] logits, floating, C >= 2. -inf marks a masked class (``normalize="none"`` only): the loss is
             finite if the teacher has it too.
@@ -116,24 +126,26 @@ def kd_loss(
             "sum"; or "none" for [B], 0 in ignored rows.
         return_parts: also gives the unweighted means over the rows that count, detached: {"kd", "ce"}. T^2 is in
             "kd"; "ce" is there when there is a target.
-        teacher_grad: keeps the teacher's graph; twice differentiable.
-        backend: "auto", "reference", "cpu" or "cuda"; see :func:`available_backends`.
+        teacher_grad: keeps the teacher's graph.
+        backend: "auto" is the compiled op of the tensors' device ("cpu" or "cuda", see :func:`available_backends`)
+            where it can do the call, and "reference", plain torch, elsewhere: on other devices, for a tensor as
+            temperature, for weights, ``stats`` or (with ``teacher_grad``) a teacher that require a gradient, for 0-d
+            tensors on a GPU or in torch.compile, for subclasses of Tensor, and in torch.func or forward-mode
+            differentiation. "cpu" and "cuda" ask for the op, or an error that says why not.
 
     Raises:
-        ValueError: a shape, value or combination does not fit, such as a batch of 1 with ``normalize="class"``.
+        ValueError: a shape, value or combination does not fit, such as a batch of 1 with ``normalize="class"``, or the
+            back end asked for cannot do the call.
         TypeError: a dtype does not fit.
-        IndexError: a label is outside [0, C) (CPU tensors; on CUDA the device asserts it).
-        RuntimeError: ``backend`` is not in this installation.
+        IndexError: a label is outside [0, C). On CUDA, which would have to be waited for, the compiled op gives NaN
+            instead, and for the reference the device asserts it.
+        RuntimeError: ``backend`` is not in this installation, or the gradient of the compiled op is differentiated.
         NotImplementedError: ``group`` is given.
     """
-    shared = Settings(
+    settings = (
         temperature, normalize, eps, kd_weight, ce_weight, label_smoothing, ignore_index, stats, reduction, return_parts
-    )
-    _check.check_call(student, teacher, target, shared, group)
-    choose_backend(backend)
-    if not teacher_grad:
-        teacher, shared = _detached(teacher, shared)
-    return reference.kd_loss(student, teacher, target, shared)
+    )  # fmt: skip
+    return _loss(False, student, teacher, target, settings, 1.0, 1.0, group, teacher_grad, backend)
 
 
 @overload
@@ -215,15 +227,10 @@ def dkd_loss(
         RuntimeError: see there.
         NotImplementedError: see there.
     """
-    shared = Settings(
+    settings = (
         temperature, normalize, eps, kd_weight, ce_weight, label_smoothing, ignore_index, stats, reduction, return_parts
-    )
-    _check.check_call(student, teacher, target, shared, group)
-    _check.check_dkd(student, target, alpha, beta)
-    choose_backend(backend)
-    if not teacher_grad:
-        teacher, shared = _detached(teacher, shared)
-    return reference.dkd_loss(student, teacher, target, shared, alpha, beta)
+    )  # fmt: skip
+    return _loss(True, student, teacher, target, settings, alpha, beta, group, teacher_grad, backend)
 
 
 def cross_entropy(
@@ -239,6 +246,44 @@ def cross_entropy(
     _check.check_target(target, student, ignore_index)
     _check.check_label_smoothing(label_smoothing)
     return reference.cross_entropy(student, target, label_smoothing, ignore_index, reduction)
+
+
+def _loss(
+    decoupled: bool,
+    student: Tensor,
+    teacher: Tensor,
+    target: Target,
+    arguments: tuple[Any, ...],  # in the order of Settings
+    alpha: Weight,
+    beta: Weight,
+    group: ProcessGroup | None,
+    teacher_grad: bool,
+    backend: Backend,
+) -> Result:
+    if (
+        _fast.there_is
+        and backend in _ON_CPU
+        and not (teacher_grad or group is not None or torch.compiler.is_compiling())
+    ):
+        result = _fast.usual_loss(decoupled, student, teacher, target, arguments, alpha, beta)
+        if result is not None:
+            return result
+    settings = Settings(*arguments)
+    _check.check_call(student, teacher, target, settings, group)
+    if decoupled:
+        _check.check_dkd(student, target, alpha, beta)
+    if not teacher_grad:
+        teacher, settings = _detached(teacher, settings)
+    op = choose_backend(backend, student.device.type)
+    if op != "reference":
+        problem = compiled.obstacle(op, student, teacher, settings, alpha, beta)
+        if problem is None:
+            return compiled.loss(decoupled, student, teacher, target, settings, alpha, beta)
+        if backend != "auto":
+            raise ValueError(f'backend="{backend}" cannot do this: {problem}, or backend="reference".')
+    if decoupled:
+        return reference.dkd_loss(student, teacher, target, settings, alpha, beta)
+    return reference.kd_loss(student, teacher, target, settings)
 
 
 def _detached(teacher: Tensor, settings: Settings) -> tuple[Tensor, Settings]:
