@@ -10,18 +10,19 @@ namespace kdcore::cpu::KD_ISA {
 template <class T>
 struct ColumnsPlan {
   static constexpr int W = Vec<Accumulator<T>>::W;
-  int64_t shards, block, ahead;  // block: columns
+  int64_t shards, block, widest, ahead;  // block: columns, about; widest: at most
   bool stream;
 
   explicit ColumnsPlan(const Context<T>& c) {
     shards = larger(1, smaller(32, c.vectors / 64));
     block = W * larger(16, smaller(64, c.B / 8));
+    widest = block + block / 2 + 2 * W;
     stream = c.B * c.C * (int64_t)sizeof(T) * 3 > (20 << 20);
     ahead = c.B * c.C * (int64_t)sizeof(T) > (2 << 20) ? 4 : 0;
   }
   // Columns of shard k, block b of it; both cut evenly, at whole vectors.
   KD_INLINE Range shard(const Context<T>& c, int64_t k) const { return share(c.vectors, (int)k, (int)shards); }
-  KD_INLINE int64_t blocks(Range v) const { return ceil_div((v.end - v.begin) * W, block); }
+  KD_INLINE int64_t blocks(Range v) const { return larger(1, ((v.end - v.begin) * W + block / 2) / block); }
   KD_INLINE Range columns(const Context<T>& c, Range v, int64_t b, int64_t of) const {
     const Range part = share(v.end - v.begin, (int)b, (int)of);
     return {(v.begin + part.begin) * W, smaller(c.C, (v.begin + part.end) * W)};
@@ -74,9 +75,9 @@ void sum_shard(const Context<T>& c, const ColumnsPlan<T>& plan, const ColumnsWor
   int64_t skip[kRows], none[kRows];
   for (int64_t b = 0, of = plan.blocks(v); b < of; b++) {
     const Range j = plan.columns(c, v, b, of);
-    const int64_t n = j.end - j.begin, next = b + 1 < of ? n : 0;
-    batch_columns(c.s + j.begin, c.B, c.lds, n, w.of_s.at(j.begin), c.kappa, (A)c.p.eps, spare, plan.ahead * c.lds);
-    batch_columns(c.t + j.begin, c.B, c.ldt, n, w.of_t.at(j.begin), c.kappa, (A)c.p.eps, spare, plan.ahead * c.ldt);
+    const int64_t n = j.end - j.begin, next = j.end < c.C ? n : 0;
+    batch_columns(c.s + j.begin, c.B, c.lds, n, w.of_s.at(j.begin), c.kappa, (A)c.p.eps, spare, plan.ahead * 2 * c.lds);
+    batch_columns(c.t + j.begin, c.B, c.ldt, n, w.of_t.at(j.begin), c.kappa, (A)c.p.eps, spare, plan.ahead * 2 * c.ldt);
     for (int64_t i = 0; i < c.B; i += kRows) {
       const int m = (int)smaller(kRows, c.B - i);
       for (int k = 0; k < kRows; k++) none[k] = -1, skip[k] = c.p.decoupled && k < m ? c.p.index[i + k] : -1;
@@ -187,17 +188,17 @@ void block_labels(const Context<T>& c, const ColumnsWork<T>& w, Range j, const A
   }
 }
 
-// The gradient of one shard, its blocks backwards: the last of them are still in the cache.
+// The gradient of one shard, its blocks backwards, as the shards are: the last of them are still in the cache.
 template <class T, bool CE, class A = Accumulator<T>>
 void gradient_shard(const Context<T>& c, const ColumnsPlan<T>& plan, const ColumnsWork<T>& w, int64_t shard, A* mine) {
   using V = Vec<A>;
-  const int64_t wide = plan.block;
+  const int64_t wide = plan.widest;
   A *sum = mine, *moment = sum + wide, *inverse = moment + wide, *g = inverse + 4 * wide;
   const Final<A> f = {inverse + wide, inverse + 2 * wide, inverse + 3 * wide};
   const Range v = plan.shard(c, shard);
   for (int64_t of = plan.blocks(v), b = of - 1; b >= 0; b--) {
     const Range j = plan.columns(c, v, b, of);
-    const int64_t n = j.end - j.begin, padded = round_up(n, V::W), next = b > 0 && plan.stream ? -padded : 0;
+    const int64_t n = j.end - j.begin, padded = round_up(n, V::W), next = j.begin > 0 && plan.stream ? -padded : 0;
     const Columns<A> of_s = w.of_s.at(j.begin);
     clear(sum, padded), clear(moment, padded);
     if (CE)
@@ -243,7 +244,7 @@ template <class T, bool CE>
 void run_columns(const Context<T>& c) {
   using A = Accumulator<T>;
   const ColumnsPlan<T> plan(c);
-  const int64_t P = c.padded, rows = round_up(c.B, kRows), own = round_up(8 * plan.block + c.B * plan.block, 16);
+  const int64_t P = c.padded, rows = round_up(c.B, kRows), own = round_up((8 + c.B) * plan.widest, 16);
   const int threads = c.p.threads;
   Arena arena = workspace((6 * P + plan.shards * rows + 7 * rows + threads * own) * sizeof(A) +
                           plan.shards * 4 * rows * sizeof(double) + 4096);
@@ -265,7 +266,7 @@ void run_columns(const Context<T>& c) {
       finish_block(c, plan, w, k * kRows, (int)smaller(kRows, c.B - k * kRows));
     if (!c.grad) return;
     me.wait();
-    for (int64_t k = shards.begin; k < shards.end; k++) gradient_shard<T, CE>(c, plan, w, k, mine);
+    for (int64_t k = shards.end - 1; k >= shards.begin; k--) gradient_shard<T, CE>(c, plan, w, k, mine);
   });
 }
 

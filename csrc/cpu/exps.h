@@ -99,8 +99,8 @@ KD_NOINLINE void exp_rows(const Tile<T>& x, const Rows<A>& rows, int k, const in
     }
     auto row = [&](Running<T>& q) __attribute__((always_inline)) {
       const X s = kWhole ? V::in(q.s + j) : V::in(q.s + j, left), t = kWhole ? V::in(q.t + j) : V::in(q.t + j, left);
+      if (kWhole && rows_ahead) __builtin_prefetch(q.s + j + rows_ahead), __builtin_prefetch(q.t + j + rows_ahead);
       if constexpr (kWhole && !KEEP) {
-        __builtin_prefetch(q.s + j + rows_ahead), __builtin_prefetch(q.t + j + rows_ahead);
         __builtin_prefetch(q.s + j + ahead.block, 0, 2), __builtin_prefetch(q.t + j + ahead.block, 0, 2);
       }
       X ds, u, v;

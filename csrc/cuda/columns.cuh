@@ -76,7 +76,7 @@ struct WriteAffine {
 
 // The normalisation by given statistics: one thread per side and class.
 template <class A>
-__global__ void use_stats(const A* stats, int64_t classes, double eps, Affine<A>* columns) {
+__global__ void use_stats(const double* stats, int64_t classes, double eps, Affine<A>* columns) {
   const int64_t index = thread_index();
   if (index >= 2 * classes) return;
   const int64_t mean = index < classes ? index : index + classes;  // mean_s, var_s, mean_t, var_t

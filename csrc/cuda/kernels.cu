@@ -107,7 +107,7 @@ template <class T, class A = Acc<T>>
 void normalise(const Problem& p, const Work<A>& w, Queue& queue) {
   const int64_t classes = p.shape.classes, across = tiles(classes);
   if (p.stats) {
-    return queue.run(use_stats<A>, tiles(2 * classes), static_cast<const A*>(p.stats), classes, p.eps, w.columns);
+    return queue.run(use_stats<A>, tiles(2 * classes), p.stats, classes, p.eps, w.columns);
   }
   for (const bool teacher : {false, true}) {
     const WriteAffine<A> write{w.columns + (teacher ? classes : 0), p.eps};

@@ -39,10 +39,10 @@ struct Problem {
   bool cross_entropy;  // compute its term; needs labels
 
   // per_class alone
-  const void* stats;  // acc [4, classes] mean_s, var_s, mean_t, var_t, or null for those of these rows
-  bool through;       // the gradient flows through the student's statistics
-  const void* sums;   // acc [2, classes] col_sums, reduced elsewhere, for the way through; or null for those of these
-  const void* count;  // acc: rows that sums cover; given with them
+  const double* stats;  // [4, classes] mean_s, var_s, mean_t, var_t, or null for those of these rows
+  bool through;         // the gradient flows through the student's statistics
+  const void* sums;     // acc [2, classes] col_sums, reduced elsewhere, for the way through; or null for those of these
+  const void* count;    // acc: rows that sums cover; given with them
 
   // results, each unless null
   void* loss;       // acc: mean or sum of the rows' losses; with it part_means, acc [4]: kd, tckd, nckd, ce

@@ -71,15 +71,15 @@ void check_device(const Tensor& tensor, const Tensor& student) {
            "every tensor must be on the student's device");
 }
 
-// Contiguous numbers in the accumulator's dtype, which row_beta and the others below usually are already.
-OptionalTensor numbers(const OptionalTensor& tensor, int64_t size, const Tensor& student) {
+// Contiguous numbers in the dtype that the kernels take.
+OptionalTensor numbers(const OptionalTensor& tensor, int64_t size, const Tensor& student, ScalarType wanted) {
   if (!tensor) return std::nullopt;
   check_device(*tensor, student);
   KD_CHECK(tensor->numel() == size, "row_beta, stats, sums, count or grad_loss has a wrong size");
-  const ScalarType type = tensor->scalar_type(), acc = accumulator(student);
+  const ScalarType type = tensor->scalar_type();
   KD_CHECK(type == ScalarType::Float || type == ScalarType::Double,
            "row_beta, stats, sums, count and grad_loss must be float32 or float64");
-  return torch::stable::contiguous(type == acc ? *tensor : torch::stable::to(*tensor, acc));
+  return torch::stable::contiguous(type == wanted ? *tensor : torch::stable::to(*tensor, wanted));
 }
 
 OptionalTensor labels(const OptionalTensor& index, const Tensor& student) {
@@ -126,8 +126,8 @@ class Input {
         student_(row_major(c.student)),
         teacher_(row_major(c.teacher)),
         index_(labels(c.index, c.student)),
-        row_beta_(numbers(c.row_beta, c.student.size(0), c.student)),
-        stats_(numbers(c.stats, 4 * c.student.size(1), c.student)),
+        row_beta_(numbers(c.row_beta, c.student.size(0), c.student, accumulator(c.student))),
+        stats_(numbers(c.stats, 4 * c.student.size(1), c.student, ScalarType::Double)),
         rows(c.student.size(0)),
         classes(c.student.size(1)),
         type(c.student.scalar_type()),
@@ -146,19 +146,19 @@ class Input {
     problem.normalize = static_cast<cuda::Normalize>(c.normalize);
     problem.decoupled = c.decoupled;
     problem.cross_entropy = c.cross_entropy;
-    problem.stats = data(stats_);
+    problem.stats = static_cast<const double*>(data(stats_));
     problem.through = c.through;
   }
 
   void weigh(const Tensor& grad_loss) {
     KD_CHECK(grad_loss.dim() == 1 && grad_loss.size(0) == rows, "grad_loss must have one number per row");
-    row_weight_ = numbers(grad_loss, rows, student_);
+    row_weight_ = numbers(grad_loss, rows, student_, acc);
     problem.row_weight = data(row_weight_);
   }
 
   void use_sums(const Tensor& sums, const Tensor& count) {
-    sums_ = numbers(sums, 2 * classes, student_);
-    count_ = numbers(count, 1, student_);
+    sums_ = numbers(sums, 2 * classes, student_, acc);
+    count_ = numbers(count, 1, student_, acc);
     problem.sums = data(sums_);
     problem.count = data(count_);
   }
