@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # Checks a GPU machine with its own Python and packages: no installs, each part under its own time limit.
-#   benchmarks/gpu_check.sh OUT_DIR        writes OUT_DIR/gpu_check.json and OUT_DIR/gpu_check.txt
-# Parts: GPU tests; the digits recipe on the GPU. The compiled loss op will add its build, sanitizers and benchmarks.
+#   benchmarks/gpu_check.sh OUT_DIR [PART...]       all parts, or the named ones: about 10 minutes
+# Parts: build (the compiled op, for this GPU), tests (pytest -m gpu), memcheck racecheck initcheck (compute-sanitizer
+# over small shapes), digits (a recipe on the GPU), bench (the losses against others).
+# Writes OUT_DIR/gpu_check.json, .txt (a table) and .log (what the parts said), part by part, and OUT_DIR/bench.
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: gpu_check.sh OUT_DIR}" && cd "$1" && pwd)
+out=$(mkdir -p "${1:?usage: gpu_check.sh OUT_DIR [PART...]}" && cd "$1" && pwd)
+shift
+chosen=" ${*:-build tests memcheck racecheck initcheck digits bench} "
 cd "$(dirname "$0")/.."
-export PYTHONPATH="$PWD:$PWD/plugins"
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] && python=.venv/bin/python
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 
 # entry points without an installation: a dist-info folder that says where the plugins are
-meta=$(mktemp -d)
-trap 'rm -rf "$meta"' EXIT
-"$python" - "$meta" <<'PY'
+"$python" - "$scratch" <<'PY'
 import pathlib, sys, tomllib
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
 folder = pathlib.Path(sys.argv[1], "kdcore-0.dist-info")
@@ -21,25 +24,77 @@ folder.mkdir()
 points = "".join(f"{name} = {value}\n" for name, value in project["entry-points"]["kdcore"].items())
 (folder / "entry_points.txt").write_text("[kdcore]\n" + points)
 PY
-export PYTHONPATH="$meta:$PYTHONPATH"
+export PYTHONPATH="$scratch:$PWD:$PWD/plugins"
 
+# what the sanitizers watch: every kernel, dtype and mode, partial blocks, odd alignment, labels that are out of range
+cat >"$scratch/small_shapes.py" <<'PY'
+import itertools
+import torch
+from kdcore.losses import available_backends, dkd_loss, kd_loss
+
+assert "cuda" in available_backends()
+dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+shapes = ((2, 2), (33, 130), (70, 300))
+kinds = itertools.product(dtypes, shapes, ("none", "class", "instance"), (kd_loss, dkd_loss), ("mean", "none"))
+for dtype, (rows, classes), mode, loss, reduction in kinds:
+    wide = torch.randn(2, rows, classes + 3, generator=torch.Generator().manual_seed(rows)).to(dtype).cuda()
+    student, teacher = wide[:, :, 1 : classes + 1].unbind()
+    labels = torch.arange(rows) % classes
+    labels[rows // 2] = -100
+    if rows > 2:
+        labels[3], labels[5] = classes, -(2**40)
+    settings = {"normalize": mode, "reduction": reduction, "ce_weight": 0.5, "label_smoothing": 0.1, "backend": "cuda"}
+    student.requires_grad_()
+    value = loss(student, teacher, labels.cuda(), **settings)
+    torch.autograd.grad(value.sum(), student)
+torch.cuda.synchronize()
+print("done")
+PY
+
+machine=$("$python" - <<'PY'
+import json, platform, torch
+about = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+about |= {"gpu": None, "arch": None}
+if torch.cuda.is_available():
+    major, minor = torch.cuda.get_device_capability(0)
+    about |= {"gpu": torch.cuda.get_device_name(0), "arch": f"{major}.{minor}"}
+print(json.dumps(about))
+PY
+)
+arch=$("$python" -c 'import json, sys; print(json.loads(sys.argv[1])["arch"] or "9.0")' "$machine")
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch} KDCORE_CUDA=1 KDCORE_REQUIRE_EXT=1
+
+: >"$out/gpu_check.txt"
+: >"$out/gpu_check.log"
 rows=()
+failed=0
 part() { # name, seconds, command...
     local name=$1 limit=$2 start=$SECONDS code=0
     shift 2
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+    [[ $chosen == *" $name "* ]] || return 0
+    printf '\n== %s\n' "$name" >>"$out/gpu_check.log"
+    timeout -k 5 "$limit" "$@" >>"$out/gpu_check.log" 2>&1 || code=$?
+    [ "$code" -eq 0 ] || failed=1
     rows+=("{\"part\": \"$name\", \"exit_code\": $code, \"seconds\": $((SECONDS - start)), \"limit\": $limit}")
-    printf '%-12s exit %-4s %4s s (limit %s)\n' "$name" "$code" "$((SECONDS - start))" "$limit" | tee -a "$out/gpu_check.txt"
+    printf '%-10s exit %-4s %4s s (limit %s)\n' "$name" "$code" "$((SECONDS - start))" "$limit" |
+        tee -a "$out/gpu_check.txt"
+    printf '{"machine": %s, "parts": [%s]}\n' "$machine" "$(IFS=,; echo "${rows[*]}")" >"$out/gpu_check.json"
 }
 
-: >"$out/gpu_check.txt"
-"$python" - >"$out/machine.json" <<'PY'
-import json, platform, torch
-gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-print(json.dumps({"gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}))
-PY
-part tests 300 "$python" -m pytest -q -p no:cacheprovider -m gpu
-part digits 180 "$python" -m kdcore run examples/digits.toml --set device=cuda --root "$out/runs"
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+sanitize() { # tool, seconds; every tensor an allocation of its own, so that its ends are watched
+    part "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --error-exitcode 9 --print-limit 20 \
+        "$python" "$scratch/small_shapes.py"
+}
 
-printf '{"machine": %s, "parts": [%s]}\n' "$(cat "$out/machine.json")" "$(IFS=,; echo "${rows[*]}")" >"$out/gpu_check.json"
+part build 180 "$python" setup.py build_ext --inplace
+part tests 240 "$python" -m pytest -q -p no:cacheprovider -m gpu --tb=short --maxfail=50 --durations=10
+sanitize memcheck 120
+sanitize racecheck 120
+sanitize initcheck 120
+part digits 120 "$python" -m kdcore run examples/digits.toml --set device=cuda --root "$scratch/runs"
+part bench 240 "$python" benchmarks/bench_losses.py --device cuda --modes class --out "$out/bench" \
+    --shapes "${SHAPES:-1024x100,4096x1000,512x21841}"
+cat "$out"/bench/*.md >>"$out/gpu_check.txt" 2>/dev/null
 cat "$out/gpu_check.json"
+exit "$failed"

@@ -70,12 +70,12 @@ class Case:
 
     @functools.cached_property
     def spread(self):
-        """The largest scaled logit, from its row's mean: what an exponent's rounding is relative to."""
+        """The widest row, scaled or not: what roundings of exponents and on the way through deviations are relative to."""
         valid = self.target != -100
         if not valid.any():
             return 4.0
         h = torch.stack([normalise(z[valid].double(), self.mode, self.eps) for z in (self.student, self.teacher)])
-        return 4 + (h.amax(2) - h.amin(2)).max().item() / self.temperature
+        return 4 + (h.amax(2) - h.amin(2)).max().item() / min(self.temperature, 1)
 
     @functools.cached_property
     def unit(self):

@@ -99,7 +99,7 @@ KD_NOINLINE void exp_rows(const Tile<T>& x, const Rows<A>& rows, int k, const in
     }
     auto row = [&](Running<T>& q) __attribute__((always_inline)) {
       const X s = kWhole ? V::in(q.s + j) : V::in(q.s + j, left), t = kWhole ? V::in(q.t + j) : V::in(q.t + j, left);
-      if (kWhole && rows_ahead) __builtin_prefetch(q.s + j + rows_ahead), __builtin_prefetch(q.t + j + rows_ahead);
+      if (kWhole && rows_ahead) __builtin_prefetch(q.s + j + rows_ahead, 0, KEEP ? 2 : 3), __builtin_prefetch(q.t + j + rows_ahead, 0, KEEP ? 2 : 3);
       if constexpr (kWhole && !KEEP) {
         __builtin_prefetch(q.s + j + ahead.block, 0, 2), __builtin_prefetch(q.t + j + ahead.block, 0, 2);
       }

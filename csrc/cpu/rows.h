@@ -216,7 +216,7 @@ void keep_rows(const Context<T>& c, const RowsWork<T>& w, int64_t i, int n, Scra
 template <class T, Affine F, bool MOMENTS, bool CE, class A = Accumulator<T>>
 KD_NOINLINE void rows_shard(const Context<T>& c, const RowsWork<T>& w, const RowsPlan<T>& plan, Range r, Scratch<A> e, A* sum) {
   using V = Vec<A>;
-  const bool keep = c.grad || c.p.sums_out, far = c.B * c.C * (int64_t)sizeof(T) > (2 << 20);
+  const bool keep = c.grad || c.p.sums_out, far = c.B * c.C * (int64_t)sizeof(T) > (1 << 19);
   int64_t skip[kRows], label[kRows];
   Rows<A> rows = {};
   RowFactors<A> f = {};
@@ -231,7 +231,7 @@ KD_NOINLINE void rows_shard(const Context<T>& c, const RowsWork<T>& w, const Row
     for (int64_t j = 0; j < c.C; j += 64 * V::W) {
       const Tile<T> x = {c.s + i * c.lds + j, c.t + i * c.ldt + j, c.lds, c.ldt, j, smaller(64 * V::W, c.C - j),
                          w.of_s.at(j), w.of_t.at(j)};
-      exp_tile<T, F, MOMENTS, CE, true>(x, rows, n, skip, label, e.at(0, j), {far && i + 4 + n <= c.B ? 4 : 0, 0});
+      exp_tile<T, F, MOMENTS, CE, true>(x, rows, n, skip, label, e.at(0, j), {far && i + 8 + n <= c.B ? 8 : 0, 0});
     }
     read_labels<T, F>(c, w.of_s, w.of_t, i, n, rows);
     finish_rows(c, i, n, rows, f);

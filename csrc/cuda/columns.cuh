@@ -165,7 +165,7 @@ __global__ void gradient(Problem p, Work<A> w) {
                        : factors.ce_factor * Num<A>::exp(s - factors.tops.raw) - factors.ce_uniform;
       }
     }
-    static_cast<T*>(p.grad)[row * classes + at.column] = static_cast<T>(dz);
+    static_cast<T*>(p.grad)[row * classes + at.column] = Element<T>::narrow(dz);
   }
 }
 

@@ -16,16 +16,37 @@ namespace kdcore::cuda {
 
 constexpr int kThreads = 128;  // of every block, a power of two
 
+// A logit's accumulator, and the ways there and back; torch's build flags leave half types no conversions of their own.
 template <class T>
-struct AccOf {
-  using type = float;
+struct Element;
+
+template <>
+struct Element<float> {
+  using Acc = float;
+  static __device__ float widen(float x) { return x; }
+  static __device__ float narrow(float x) { return x; }
 };
 template <>
-struct AccOf<double> {
-  using type = double;
+struct Element<double> {
+  using Acc = double;
+  static __device__ double widen(double x) { return x; }
+  static __device__ double narrow(double x) { return x; }
 };
+template <>
+struct Element<__half> {
+  using Acc = float;
+  static __device__ float widen(__half x) { return __half2float(x); }
+  static __device__ __half narrow(float x) { return __float2half_rn(x); }
+};
+template <>
+struct Element<__nv_bfloat16> {
+  using Acc = float;
+  static __device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+  static __device__ __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x); }
+};
+
 template <class T>
-using Acc = typename AccOf<T>::type;
+using Acc = typename Element<T>::Acc;
 
 // How logits are normalised: h = ((z - mean) - rest) * scale. The mean is in two parts, itself rounded and what rounding
 // left, so an offset common to a class or row costs no accuracy, and a constant one gives exactly 0.
@@ -151,7 +172,7 @@ struct Work {
 
 template <class T>
 __device__ Acc<T> load(const Logits& logits, int64_t row, int64_t column) {
-  return static_cast<Acc<T>>(static_cast<const T*>(logits.data)[row * logits.stride + column]);
+  return Element<T>::widen(static_cast<const T*>(logits.data)[row * logits.stride + column]);
 }
 
 __device__ inline bool ignored(const Shape& shape, int64_t row) {
