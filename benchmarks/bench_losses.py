@@ -21,7 +21,7 @@ from typing import Any
 
 import losses_report as report
 import torch
-from competitors import Limits, Objective, Way, contenders, ours, raw_call
+from competitors import Limits, Objective, Way, autograd_alone, contenders, ours, raw_call
 from torch import Tensor
 
 from kdcore.losses import available_backends
@@ -156,7 +156,7 @@ def subjects(case: Case, ways: dict[str, Way], data: Data, bench: Bench) -> list
 def variants(case: Case, data: Data, bench: Bench) -> list[Subject]:
     with_ce = ours(replace(case.objective, cross_entropy=True), bench.backend)
     half = inputs(replace(case, dtype="bfloat16"), bench.device)
-    found = [Subject("ours + CE", step(with_ce, data))]
+    found = [Subject("ours + CE", step(with_ce, data)), Subject("autograd alone", step(autograd_alone, data))]
     found.append(Subject("ours bfloat16", step(ours(case.objective, bench.backend), half)))
     for isa in bench.lower_isas:
         found.append(Subject(f"ours {isa}", step(ours(case.objective, bench.backend), data), isa))

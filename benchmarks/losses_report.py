@@ -225,10 +225,15 @@ def ratios_table(cases: list[Record]) -> str:
 def variants_table(cases: list[Record]) -> str:
     names = [n for n in cases[0]["ratios"] if n.startswith("ours ") and n != "ours again"]
     rows = [
-        [r["shape"], *(number(ratio(r, n)) for n in names), number(r.get("overhead_us", {}).get("median", math.nan))]
+        [
+            r["shape"],
+            *(number(ratio(r, n)) for n in names),
+            number(r.get("overhead_us", {}).get("median", math.nan)),
+            number(milliseconds(r, "autograd alone") * 1e3),
+        ]
         for r in cases
     ]
-    return table(("shape", *names, "ours - raw, us"), rows)
+    return table(("shape", *names, "ours - raw, us", "autograd alone, us"), rows)
 
 
 def roofline_table(cases: list[Record]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-NUMERICS = 1
+NUMERICS = 2
 """Raised when a change to kdcore can change a trained weight; part of the key of every stage."""
 
 _EXPORTS = {

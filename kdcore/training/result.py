@@ -10,6 +10,8 @@ from safetensors.torch import save
 
 from .. import __version__
 from ..codec import canonical
+from ..losses._extension import build_info
+from ..losses._ops import choose_backend
 from ..plan import Json
 from . import cost, evaluate
 from .member import Learner, classifies, host_state
@@ -114,7 +116,14 @@ def _environment(session: Session) -> dict[str, Json]:
         "device": str(session.device),
         "threads": session.job.settings.threads,
         "precision": session.job.settings.precision,
+        "losses": _losses(session.device.type),
     }
+
+
+def _losses(device: str) -> str:
+    """The losses' back end, and the CPU's instruction set, which decides last digits as torch's version does."""
+    backend = choose_backend("auto", device)
+    return f"{backend} {build_info()['isa']}" if backend == "cpu" else backend
 
 
 def _cpu() -> str:
