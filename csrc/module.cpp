@@ -30,7 +30,11 @@ void set_cpu_isa(const std::string& name) {
 
 py::dict build_info() {
   py::dict info;
-  info["compiler"] = std::string("g++ ") + __VERSION__;
+#ifdef __clang__
+  info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "g++ " __VERSION__;
+#endif
   info["flags"] = KDCORE_FLAGS;
   info["torch"] = KDCORE_TORCH;
   info["oldest_torch"] = std::to_string(kTarget >> 56) + "." + std::to_string(kTarget >> 48 & 255);

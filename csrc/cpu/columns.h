@@ -82,9 +82,10 @@ void sum_shard(const Context<T>& c, const ColumnsPlan<T>& plan, const ColumnsWor
       const int m = (int)smaller(kRows, c.B - i);
       for (int k = 0; k < kRows; k++) none[k] = -1, skip[k] = c.p.decoupled && k < m ? c.p.index[i + k] : -1;
       const Tile<T> x = {c.s + i * c.lds + j.begin, c.t + i * c.ldt + j.begin, c.lds, c.ldt, j.begin, n,
-                         w.of_s.at(j.begin), w.of_t.at(j.begin)};
+                         w.of_s.at(j.begin),        w.of_t.at(j.begin)};
       __builtin_memset(rows.sum, 0, sizeof rows.sum);
-      exp_tile<T, Affine::column, false, false, false>(x, rows, m, skip, none, Scratch<A>{}, {i + plan.ahead + kRows <= c.B ? plan.ahead : 0, next});
+      exp_tile<T, Affine::column, false, false, false>(x, rows, m, skip, none, Scratch<A>{},
+                                                       {i + plan.ahead + kRows <= c.B ? plan.ahead : 0, next});
       for (int q = 0; q < 3; q++)
         for (int k = 0; k < kRows; k++) sums[q * w.rows + i + k] += rows.sum[q][k];
       if constexpr (CE) rest_of_block(c, j, i, m, top + i, sums + 3 * w.rows + i);
@@ -124,8 +125,8 @@ void finish_block(const Context<T>& c, const ColumnsPlan<T>& plan, const Columns
 // dL/dh of R rows of a block into scratch, and its column sums.
 template <class T, bool CE, int R, class A = Accumulator<T>>
 KD_NOINLINE void block_gradients(const Context<T>& c, const ColumnsWork<T>& w, const Tile<T>& x, int64_t i,
-                                 const int64_t* skip, const int64_t* label, const A* inverse_gain, A* g, int64_t ldg, A* sum,
-                                 A* moment, Ahead ahead, const T* write) {
+                                 const int64_t* skip, const int64_t* label, const A* inverse_gain, A* g, int64_t ldg,
+                                 A* sum, A* moment, Ahead ahead, const T* write) {
   using V = Vec<A>;
   using X = typename V::R;
   X a[R], b[R], other[R], uniform[R], top[R];
@@ -172,8 +173,8 @@ KD_NOINLINE void block_gradients(const Context<T>& c, const ColumnsWork<T>& w, c
 
 // Adds what the passes over a block left out at its labels.
 template <class T, bool CE, class A = Accumulator<T>>
-void block_labels(const Context<T>& c, const ColumnsWork<T>& w, Range j, const A* inverse_gain, A* g, int64_t ldg, A* sum,
-                  A* moment) {
+void block_labels(const Context<T>& c, const ColumnsWork<T>& w, Range j, const A* inverse_gain, A* g, int64_t ldg,
+                  A* sum, A* moment) {
   for (int64_t i = 0; i < c.B; i++) {
     const int64_t y = c.p.index[i], at = y - j.begin;
     if (at < 0 || y >= j.end) continue;
@@ -215,8 +216,8 @@ void gradient_shard(const Context<T>& c, const ColumnsPlan<T>& plan, const Colum
       const T* write = plan.stream ? nullptr : c.grad + i * c.C + j.begin;
       const int64_t ahead = i + plan.ahead + 2 <= c.B ? plan.ahead : 0;
       if (pair) {
-        block_gradients<T, CE, 2>(c, w, x, i, skip, label, inverse, g + i * padded, padded, sum, moment,
-                                  {ahead, next}, write);
+        block_gradients<T, CE, 2>(c, w, x, i, skip, label, inverse, g + i * padded, padded, sum, moment, {ahead, next},
+                                  write);
       } else {
         block_gradients<T, CE, 1>(c, w, x, i, skip, label, inverse, g + i * padded, padded, sum, moment, {}, write);
       }
@@ -267,6 +268,7 @@ void run_columns(const Context<T>& c) {
     if (!c.grad) return;
     me.wait();
     for (int64_t k = shards.end - 1; k >= shards.begin; k--) gradient_shard<T, CE>(c, plan, w, k, mine);
+    end_streams();
   });
 }
 

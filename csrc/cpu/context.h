@@ -40,10 +40,20 @@ struct Context {
   bool through;
 
   explicit Context(const Problem& q)
-      : p(q), s((const T*)q.student), t((const T*)q.teacher), grad((T*)q.grad), B(q.rows), C(q.classes),
-        lds(q.student_stride), ldt(q.teacher_stride), vectors(ceil_div(q.classes, Vec<A>::W)),
-        padded(vectors * Vec<A>::W), kappa((A)(kLog2e / q.temperature)), gradient(q.kd_weight * q.temperature),
-        batch(q.normalize == Normalize::per_class && !q.stats), through(q.normalize == Normalize::per_class && q.through) {}
+      : p(q),
+        s((const T*)q.student),
+        t((const T*)q.teacher),
+        grad((T*)q.grad),
+        B(q.rows),
+        C(q.classes),
+        lds(q.student_stride),
+        ldt(q.teacher_stride),
+        vectors(ceil_div(q.classes, Vec<A>::W)),
+        padded(vectors * Vec<A>::W),
+        kappa((A)(kLog2e / q.temperature)),
+        gradient(q.kd_weight * q.temperature),
+        batch(q.normalize == Normalize::per_class && !q.stats),
+        through(q.normalize == Normalize::per_class && q.through) {}
 
   KD_INLINE double weight(int64_t row) const { return p.row_weight ? p.row_weight[row] : p.weight; }
   KD_INLINE double beta(int64_t row) const { return p.row_beta ? p.row_beta[row] : p.beta; }

@@ -9,10 +9,10 @@
 
 namespace kdcore::cpu {
 
-#define KD_DECLARE(isa)                                                                                              \
-  namespace isa {                                                                                                    \
-  void run(const Problem&);                                                                                          \
-  void col_stats(const void*, int64_t, int64_t, int64_t, Dtype, double*, double*, int);                              \
+#define KD_DECLARE(isa)                                                                 \
+  namespace isa {                                                                       \
+  void run(const Problem&);                                                             \
+  void col_stats(const void*, int64_t, int64_t, int64_t, Dtype, double*, double*, int); \
   }
 KD_DECLARE(generic)
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -27,7 +27,8 @@ std::atomic<int> chosen{-1};
 
 bool has(Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::avx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == Isa::avx512)
     return has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -86,9 +87,7 @@ bool set_isa(Isa isa) {
   return true;
 }
 
-const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "generic";
-}
+const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "generic"; }
 
 bool parse_isa(const char* name, Isa* isa) {
   for (Isa each : kAll)
@@ -100,11 +99,14 @@ bool parse_isa(const char* name, Isa* isa) {
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define KD_PICK(call)                                     \
-  switch (current_isa()) {                                \
-    case Isa::avx512: return avx512::call;                \
-    case Isa::avx2: return avx2::call;                    \
-    case Isa::generic: return generic::call;              \
+#define KD_PICK(call)       \
+  switch (current_isa()) {  \
+    case Isa::avx512:       \
+      return avx512::call;  \
+    case Isa::avx2:         \
+      return avx2::call;    \
+    case Isa::generic:      \
+      return generic::call; \
   }
 #else
 #define KD_PICK(call) return generic::call;

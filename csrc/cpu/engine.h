@@ -33,15 +33,20 @@ void run_dtype(const Problem& p) {
 
 void run(const Problem& p) {
   switch (p.dtype) {
-    case Dtype::f32: return run_dtype<float>(p);
-    case Dtype::f64: return run_dtype<double>(p);
-    case Dtype::f16: return run_dtype<f16>(p);
-    case Dtype::bf16: return run_dtype<bf16>(p);
+    case Dtype::f32:
+      return run_dtype<float>(p);
+    case Dtype::f64:
+      return run_dtype<double>(p);
+    case Dtype::f16:
+      return run_dtype<f16>(p);
+    case Dtype::bf16:
+      return run_dtype<bf16>(p);
   }
 }
 
 template <class T, class A = Accumulator<T>>
-void col_stats_typed(const void* z, int64_t rows, int64_t classes, int64_t stride, double* mean, double* m2, int threads) {
+void col_stats_typed(const void* z, int64_t rows, int64_t classes, int64_t stride, double* mean, double* m2,
+                     int threads) {
   using V = Vec<A>;
   constexpr int64_t wide = 64 * V::W, own = 5 * wide;
   const int64_t blocks = ceil_div(classes, wide);
@@ -65,10 +70,14 @@ void col_stats_typed(const void* z, int64_t rows, int64_t classes, int64_t strid
 void col_stats(const void* z, int64_t rows, int64_t classes, int64_t stride, Dtype dtype, double* mean, double* m2,
                int threads) {
   switch (dtype) {
-    case Dtype::f32: return col_stats_typed<float>(z, rows, classes, stride, mean, m2, threads);
-    case Dtype::f64: return col_stats_typed<double>(z, rows, classes, stride, mean, m2, threads);
-    case Dtype::f16: return col_stats_typed<f16>(z, rows, classes, stride, mean, m2, threads);
-    case Dtype::bf16: return col_stats_typed<bf16>(z, rows, classes, stride, mean, m2, threads);
+    case Dtype::f32:
+      return col_stats_typed<float>(z, rows, classes, stride, mean, m2, threads);
+    case Dtype::f64:
+      return col_stats_typed<double>(z, rows, classes, stride, mean, m2, threads);
+    case Dtype::f16:
+      return col_stats_typed<f16>(z, rows, classes, stride, mean, m2, threads);
+    case Dtype::bf16:
+      return col_stats_typed<bf16>(z, rows, classes, stride, mean, m2, threads);
   }
 }
 

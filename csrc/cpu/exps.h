@@ -63,10 +63,18 @@ struct Running {
 
   KD_INLINE Running(const Tile<T>& x, const Rows<A>& rows, int k, int r, const int64_t* skips, const int64_t* labels,
                     Scratch<A> keep)
-      : s(x.s + r * x.lds), t(x.t + r * x.ldt), student(keep.student + r * keep.stride),
-        teacher(keep.teacher + r * keep.stride), others(keep.rest + r * keep.stride), skip(skips[r]), label(labels[r]),
-        ref_s(V::set(rows.ref_s[k + r])), ref_t(V::set(rows.ref_t[k + r])), scale_s(V::set(rows.scale_s[k + r])),
-        scale_t(V::set(rows.scale_t[k + r])), top(V::set(rows.top[k + r])) {}
+      : s(x.s + r * x.lds),
+        t(x.t + r * x.ldt),
+        student(keep.student + r * keep.stride),
+        teacher(keep.teacher + r * keep.stride),
+        others(keep.rest + r * keep.stride),
+        skip(skips[r]),
+        label(labels[r]),
+        ref_s(V::set(rows.ref_s[k + r])),
+        ref_t(V::set(rows.ref_t[k + r])),
+        scale_s(V::set(rows.scale_s[k + r])),
+        scale_t(V::set(rows.scale_t[k + r])),
+        top(V::set(rows.top[k + r])) {}
 
   template <bool MOMENTS, bool CE>
   KD_INLINE void store(A* out) const {
@@ -78,7 +86,8 @@ struct Running {
 };
 
 // Sums of R rows, 1 or 2, over a tile, as vectors, one after the other, in partial[sum][row]; with KEEP also the
-// exponentials. Labels are columns of the tile (skips: left out of u and v; labels: left out of the cross-entropy's sum).
+// exponentials. Labels are columns of the tile (skips: left out of u and v; labels: left out of the cross-entropy's
+// sum).
 template <class T, Affine F, bool MOMENTS, bool CE, bool KEEP, int R, class A = Accumulator<T>>
 KD_NOINLINE void exp_rows(const Tile<T>& x, const Rows<A>& rows, int k, const int64_t* skips, const int64_t* labels,
                           Scratch<A> keep, A* partial, Ahead ahead) {
@@ -99,7 +108,9 @@ KD_NOINLINE void exp_rows(const Tile<T>& x, const Rows<A>& rows, int k, const in
     }
     auto row = [&](Running<T>& q) __attribute__((always_inline)) {
       const X s = kWhole ? V::in(q.s + j) : V::in(q.s + j, left), t = kWhole ? V::in(q.t + j) : V::in(q.t + j, left);
-      if (kWhole && rows_ahead) __builtin_prefetch(q.s + j + rows_ahead, 0, KEEP ? 2 : 3), __builtin_prefetch(q.t + j + rows_ahead, 0, KEEP ? 2 : 3);
+      if (kWhole && rows_ahead)
+        __builtin_prefetch(q.s + j + rows_ahead, 0, KEEP ? 2 : 3),
+            __builtin_prefetch(q.t + j + rows_ahead, 0, KEEP ? 2 : 3);
       if constexpr (kWhole && !KEEP) {
         __builtin_prefetch(q.s + j + ahead.block, 0, 2), __builtin_prefetch(q.t + j + ahead.block, 0, 2);
       }

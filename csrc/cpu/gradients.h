@@ -9,7 +9,8 @@ KD_INLINE void write_row(T* out, int64_t n, bool stream, Value value) {
   using V = Vec<Accumulator<T>>;
   int64_t j = 0;
   if (stream) {
-    const int64_t line = V::W * sizeof(T), head = smaller(n, (int64_t)(-(intptr_t)out & (line - 1)) / (int64_t)sizeof(T));
+    const int64_t line = V::W * sizeof(T),
+                  head = smaller(n, (int64_t)(-(intptr_t)out & (line - 1)) / (int64_t)sizeof(T));
     if (head) V::out(out, value(0, (int)head), (int)head);
     for (j = head; j + V::W <= n; j += V::W) V::stream(out + j, value(j));
   } else {
@@ -40,7 +41,8 @@ KD_NOINLINE void write_local(const T* s, T* out, int64_t n, Scratch<A> e, const 
 // cross-entropy's gradient over the gain that the last pass will multiply by.
 template <class T, bool CE, int R, class A = Accumulator<T>>
 KD_NOINLINE void sum_gradients(const T* s, int64_t lds, int64_t n, Scratch<A> e, const RowFactors<A>& f, int k,
-                               const A* ref, const A* inverse_gain, A* g, int64_t ldg, bool padded_g, A* sum, A* moment) {
+                               const A* ref, const A* inverse_gain, A* g, int64_t ldg, bool padded_g, A* sum,
+                               A* moment) {
   using V = Vec<A>;
   using X = typename V::R;
   X a[R], b[R], other[R], uniform[R];
@@ -60,7 +62,8 @@ KD_NOINLINE void sum_gradients(const T* s, int64_t lds, int64_t n, Scratch<A> e,
       const X d = (kWhole ? V::in(p) : V::in(p, left)) - center;
       total = total + x, weighted = V::fma(x, d, weighted);
       X y = x;
-      if constexpr (CE) y = V::fma(V::fma(V::load(e.rest + r * e.stride + j), other[r], V::set(0) - uniform[r]), inverse, x);
+      if constexpr (CE)
+        y = V::fma(V::fma(V::load(e.rest + r * e.stride + j), other[r], V::set(0) - uniform[r]), inverse, x);
       if (kWhole || padded_g) {
         V::store(g + r * ldg + j, y);
       } else {
@@ -76,14 +79,15 @@ KD_NOINLINE void sum_gradients(const T* s, int64_t lds, int64_t n, Scratch<A> e,
 
 // dz = g gain + (s - ref) slope + level, R rows; g may be where dz goes.
 template <class T, int R, class A = Accumulator<T>>
-KD_NOINLINE void write_final(const T* s, int64_t lds, int64_t n, const A* ref, Final<A> f, const A* g, int64_t ldg, T* out,
-                             int64_t ldo) {
+KD_NOINLINE void write_final(const T* s, int64_t lds, int64_t n, const A* ref, Final<A> f, const A* g, int64_t ldg,
+                             T* out, int64_t ldo) {
   using V = Vec<A>;
   using X = typename V::R;
   auto step = [&](int64_t j, auto whole) __attribute__((always_inline)) {
     constexpr bool kWhole = decltype(whole)::value;
     const int left = (int)smaller(V::W, n - j);
-    const X center = V::load(ref + j), gain = V::load(f.gain + j), slope = V::load(f.slope + j), level = V::load(f.level + j);
+    const X center = V::load(ref + j), gain = V::load(f.gain + j), slope = V::load(f.slope + j),
+            level = V::load(f.level + j);
     X y[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
@@ -119,8 +123,8 @@ KD_NOINLINE void stream_final(const T* s, int64_t n, const A* ref, Final<A> f, c
 // What the last pass needs of n columns: the batch norm's backward, from the sums of g and of g (s - ref). Those sums
 // are also given, over the temperature, as sums of dL/dh and of h dL/dh.
 template <class T, class A = Accumulator<T>>
-KD_NOINLINE void finish_final(const Context<T>& c, int64_t first, int64_t n, Columns<A> x, const A* sum, const A* moment,
-                              Final<A> f) {
+KD_NOINLINE void finish_final(const Context<T>& c, int64_t first, int64_t n, Columns<A> x, const A* sum,
+                              const A* moment, Final<A> f) {
   using V = Vec<A>;
   const Problem& p = c.p;
   const A inverse = (A)1 / c.kappa, share_of = (A)(1 / p.count);

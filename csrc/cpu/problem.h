@@ -27,8 +27,8 @@ struct Problem {
   // per_class alone
   const double* stats;  // [4, classes] mean_s, var_s, mean_t, var_t, or null for those of these rows
   bool through;         // the gradient flows through the student's statistics
-  const double* sums;   // [2, classes] sums_out, reduced elsewhere, for the way through; or null for those of these rows
-  double count;         // rows that the statistics cover
+  const double* sums;  // [2, classes] sums_out, reduced elsewhere, for the way through; or null for those of these rows
+  double count;        // rows that the statistics cover
 
   // results, each unless null
   double* terms;     // [4, rows] kd, tckd, nckd, ce: T^2 in the first three, alpha and beta in kd
@@ -40,9 +40,9 @@ struct Problem {
 
 enum class Isa { generic, avx2, avx512 };
 
-Isa best_isa();               // of this machine
-Isa current_isa();            // best_isa, lowered by KDCORE_CPU_ISA or set_isa
-bool set_isa(Isa isa);        // false: this machine does not have it
+Isa best_isa();         // of this machine
+Isa current_isa();      // best_isa, lowered by KDCORE_CPU_ISA or set_isa
+bool set_isa(Isa isa);  // false: this machine does not have it
 const char* isa_name(Isa);
 bool parse_isa(const char* name, Isa* isa);
 

@@ -9,7 +9,7 @@ enum Sum { kZs, kZt, kGap, kMomentS, kMomentT, kRest, kSums };  // kMoment: sum 
 template <class A>
 struct Rows {
   alignas(64) double sum[kSums][kRows];
-  alignas(64) double label_s[kRows], label_t[kRows];  // the label's own scaled and shifted logit, in powers of 2
+  alignas(64) double label_s[kRows], label_t[kRows];     // the label's own scaled and shifted logit, in powers of 2
   alignas(64) double label_top[kRows], mean_top[kRows];  // for cross-entropy: s_y and mean s, less the maximum
   A ref_s[kRows], ref_t[kRows], scale_s[kRows], scale_t[kRows];  // of a row: u = (z - ref) * scale
   A top[kRows];                                                  // the largest raw logit
@@ -64,8 +64,8 @@ void finish_rows(const Context<T>& c, int64_t first, int n, Rows<A>& rows, RowFa
   for (int q = 0; q < 4; q++) __builtin_memcpy(p.terms + q * c.B + first, &out[q], n * sizeof(double));
 }
 
-// Instance normalisation: the factors of the row's gradient in z, from those in h. The sum of the gradient in h over the
-// classes is 0, so that its mean vanishes and any reference serves in the sum of h times it.
+// Instance normalisation: the factors of the row's gradient in z, from those in h. The sum of the gradient in h over
+// the classes is 0, so that its mean vanishes and any reference serves in the sum of h times it.
 template <class A>
 KD_INLINE void through_instance(const Rows<A>& rows, RowFactors<A>& f, int n, int64_t classes, double eps) {
   for (int k = 0; k < n; k++) {

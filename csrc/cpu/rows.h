@@ -11,8 +11,8 @@ template <class T>
 struct RowsPlan {
   using A = Accumulator<T>;
   int64_t chunk, shard_rows, shards;
-  bool wait;     // dL/dh waits for the column sums
-  bool in_place; // it does so in the gradient's own memory
+  bool wait;      // dL/dh waits for the column sums
+  bool in_place;  // it does so in the gradient's own memory
   bool stream;
   int64_t stat_rows, stat_shards;  // 0 shards: the statistics go down the columns
 
@@ -50,7 +50,8 @@ void sum_deviations(const Context<T>& c, const RowsWork<T>& w, const RowsPlan<T>
   clear(sums, 4 * c.padded);
   for (int64_t i = first; i < first + rows; i += kRows) {
     const int64_t n = smaller(kRows, first + rows - i);
-    add_rows(c.s + i * c.lds, n, c.lds, c.C, w.of_s.ref, sums, sums + c.padded, i + 2 * kRows <= c.B ? kRows * c.lds : 0);
+    add_rows(c.s + i * c.lds, n, c.lds, c.C, w.of_s.ref, sums, sums + c.padded,
+             i + 2 * kRows <= c.B ? kRows * c.lds : 0);
     add_rows(c.t + i * c.ldt, n, c.ldt, c.C, w.of_t.ref, sums + 2 * c.padded, sums + 3 * c.padded,
              i + 2 * kRows <= c.B ? kRows * c.ldt : 0);
   }
@@ -94,7 +95,8 @@ void statistics_by_columns(const Context<T>& c, const RowsWork<T>& w, Range v, A
 
 // Per class constants of the columns whose vectors are [v.begin, v.end).
 template <class T, class A = Accumulator<T>>
-void rows_columns(const Context<T>& c, const RowsWork<T>& w, const RowsPlan<T>& plan, const Member& me, Range v, A* spare) {
+void rows_columns(const Context<T>& c, const RowsWork<T>& w, const RowsPlan<T>& plan, const Member& me, Range v,
+                  A* spare) {
   using V = Vec<A>;
   const int64_t first = v.begin * V::W, padded = (v.end - v.begin) * V::W;
   if (plan.stat_shards) {
@@ -122,7 +124,8 @@ void measure_rows(const Context<T>& c, const RowsWork<T>& w, int64_t i, int n, c
     rows.scale_s[k] = rows.scale_t[k] = c.kappa;
     if constexpr (F != Affine::column) {
       constexpr bool columns = F == Affine::shifted;
-      const A top_s = row_maximum<T, columns>(s, c.C, skip[k], w.of_s), top_t = row_maximum<T, columns>(t, c.C, skip[k], w.of_t);
+      const A top_s = row_maximum<T, columns>(s, c.C, skip[k], w.of_s),
+              top_t = row_maximum<T, columns>(t, c.C, skip[k], w.of_t);
       const A least = -(A)__builtin_inf();
       rows.ref_s[k] = top_s == least ? 0 : top_s, rows.ref_t[k] = top_t == least ? 0 : top_t;  // all masked: no shift
     }
@@ -144,7 +147,8 @@ void measure_rows(const Context<T>& c, const RowsWork<T>& w, int64_t i, int n, c
 
 // The labels' own logits, as their row's maths wants them.
 template <class T, Affine F, class A = Accumulator<T>>
-KD_INLINE void read_labels(const Context<T>& c, const Columns<A> of_s, const Columns<A> of_t, int64_t i, int n, Rows<A>& rows) {
+KD_INLINE void read_labels(const Context<T>& c, const Columns<A> of_s, const Columns<A> of_t, int64_t i, int n,
+                           Rows<A>& rows) {
   for (int k = 0; k < n; k++) {
     rows.label_s[k] = rows.label_t[k] = rows.label_top[k] = rows.label_gap[k] = 0;
     if (!c.labels()) continue;
@@ -190,16 +194,16 @@ void write_rows(const Context<T>& c, const RowsWork<T>& w, const RowsPlan<T>& pl
 
 // dL/dh of rows [i, i + n), kept, and its column sums.
 template <class T, bool CE, class A = Accumulator<T>>
-void keep_rows(const Context<T>& c, const RowsWork<T>& w, int64_t i, int n, Scratch<A> e, const RowFactors<A>& f, A* sum,
-               bool padded_g) {
+void keep_rows(const Context<T>& c, const RowsWork<T>& w, int64_t i, int n, Scratch<A> e, const RowFactors<A>& f,
+               A* sum, bool padded_g) {
   A *g = w.g + i * w.ldg, *moment = sum + c.padded;
   int k = 0;
   for (; k + 4 <= n; k += 4)
-    sum_gradients<T, CE, 4>(c.s + (i + k) * c.lds, c.lds, c.C, e.at(k, 0), f, k, w.of_s.ref, w.inverse_gain, g + k * w.ldg,
-                            w.ldg, padded_g, sum, moment);
+    sum_gradients<T, CE, 4>(c.s + (i + k) * c.lds, c.lds, c.C, e.at(k, 0), f, k, w.of_s.ref, w.inverse_gain,
+                            g + k * w.ldg, w.ldg, padded_g, sum, moment);
   for (; k < n; k++)
-    sum_gradients<T, CE, 1>(c.s + (i + k) * c.lds, c.lds, c.C, e.at(k, 0), f, k, w.of_s.ref, w.inverse_gain, g + k * w.ldg,
-                            w.ldg, padded_g, sum, moment);
+    sum_gradients<T, CE, 1>(c.s + (i + k) * c.lds, c.lds, c.C, e.at(k, 0), f, k, w.of_s.ref, w.inverse_gain,
+                            g + k * w.ldg, w.ldg, padded_g, sum, moment);
   if (!c.labels()) return;
   for (k = 0; k < n; k++) {
     const int64_t y = c.p.index[i + k];
@@ -214,7 +218,8 @@ void keep_rows(const Context<T>& c, const RowsWork<T>& w, int64_t i, int n, Scra
 
 // Rows [begin, end) of one shard, a few at a time.
 template <class T, Affine F, bool MOMENTS, bool CE, class A = Accumulator<T>>
-KD_NOINLINE void rows_shard(const Context<T>& c, const RowsWork<T>& w, const RowsPlan<T>& plan, Range r, Scratch<A> e, A* sum) {
+KD_NOINLINE void rows_shard(const Context<T>& c, const RowsWork<T>& w, const RowsPlan<T>& plan, Range r, Scratch<A> e,
+                            A* sum) {
   using V = Vec<A>;
   const bool keep = c.grad || c.p.sums_out, far = c.B * c.C * (int64_t)sizeof(T) > (1 << 19);
   int64_t skip[kRows], label[kRows];
@@ -229,8 +234,8 @@ KD_NOINLINE void rows_shard(const Context<T>& c, const RowsWork<T>& w, const Row
     measure_rows<T, F, MOMENTS>(c, w, i, n, skip, rows);
     __builtin_memset(rows.sum, 0, sizeof rows.sum);
     for (int64_t j = 0; j < c.C; j += 64 * V::W) {
-      const Tile<T> x = {c.s + i * c.lds + j, c.t + i * c.ldt + j, c.lds, c.ldt, j, smaller(64 * V::W, c.C - j),
-                         w.of_s.at(j), w.of_t.at(j)};
+      const Tile<T> x = {c.s + i * c.lds + j,         c.t + i * c.ldt + j, c.lds,       c.ldt, j,
+                         smaller(64 * V::W, c.C - j), w.of_s.at(j),        w.of_t.at(j)};
       exp_tile<T, F, MOMENTS, CE, true>(x, rows, n, skip, label, e.at(0, j), {far && i + 8 + n <= c.B ? 8 : 0, 0});
     }
     read_labels<T, F>(c, w.of_s, w.of_t, i, n, rows);
@@ -281,9 +286,12 @@ void run_rows(const Context<T>& c) {
   const int64_t P = c.padded, wide = 64 * Vec<A>::W, own = 3 * plan.chunk * P + 4 * wide;
   const int64_t kept = !plan.wait || plan.in_place ? 0 : c.grad ? c.B * P : 4 * P;
   const int threads = c.B * P < 9600 ? 1 : c.p.threads;
-  Arena arena = workspace((10 * P + (plan.wait ? plan.shards * 2 * P : 0) + plan.stat_shards * 4 * P + kept + threads * (own + 16)) * sizeof(A) + 4096);
+  Arena arena = workspace(
+      (10 * P + (plan.wait ? plan.shards * 2 * P : 0) + plan.stat_shards * 4 * P + kept + threads * (own + 16)) *
+          sizeof(A) +
+      4096);
   RowsWork<T> w;
-  A** const columns[] = {&w.of_s.ref,    &w.of_s.scale,  &w.of_s.offset,  &w.of_t.ref,     &w.of_t.scale,
+  A** const columns[] = {&w.of_s.ref,    &w.of_s.scale, &w.of_s.offset, &w.of_t.ref,    &w.of_t.scale,
                          &w.of_t.offset, &w.final.gain, &w.final.slope, &w.final.level, &w.inverse_gain};
   for (A** p : columns) *p = arena.take<A>(P);
   w.partial = plan.wait ? arena.take<A>(plan.shards * 2 * P) : nullptr;
@@ -304,7 +312,7 @@ void run_rows(const Context<T>& c) {
       if (plan.wait) clear(sum, 2 * P);
       rows_shard<T, F, MOMENTS, CE>(c, w, plan, {k * plan.shard_rows, smaller(c.B, (k + 1) * plan.shard_rows)}, e, sum);
     }
-    if (!plan.wait) return;
+    if (!plan.wait) return end_streams();
     me.wait();
     rows_combine(c, w, plan, vectors);
     if (!c.grad) return;

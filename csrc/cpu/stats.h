@@ -83,7 +83,8 @@ void total_rows(const T* z, int64_t rows, int64_t ld, int64_t n, A* ref, A* sum,
 
 // From sums to the columns' constants. The mean is ref + c in one number and its rounding, which offset takes.
 template <class A>
-KD_INLINE void finish_columns(Columns<A> c, const A* sum, const A* square, int64_t padded, int64_t rows, A kappa, A eps) {
+KD_INLINE void finish_columns(Columns<A> c, const A* sum, const A* square, int64_t padded, int64_t rows, A kappa,
+                              A eps) {
   using V = Vec<A>;
   const auto share_of = V::set((A)1 / (A)rows);
   for (int64_t j = 0; j < padded; j += V::W) {
@@ -99,7 +100,8 @@ KD_INLINE void finish_columns(Columns<A> c, const A* sum, const A* square, int64
 
 // Columns [j, j + n) of one side, finished.
 template <class T, class A = Accumulator<T>>
-void batch_columns(const T* z, int64_t rows, int64_t ld, int64_t n, Columns<A> c, A kappa, A eps, A* spare, int64_t ahead) {
+void batch_columns(const T* z, int64_t rows, int64_t ld, int64_t n, Columns<A> c, A kappa, A eps, A* spare,
+                   int64_t ahead) {
   const int64_t padded = round_up(n, Vec<A>::W);
   total_rows(z, rows, ld, n, c.ref, spare, spare + padded, spare + 2 * padded, ahead);
   finish_columns(c, spare, spare + padded, padded, rows, kappa, eps);
@@ -107,7 +109,8 @@ void batch_columns(const T* z, int64_t rows, int64_t ld, int64_t n, Columns<A> c
 
 // Statistics that the caller gives; padding is never read as a result but must be finite.
 template <class A>
-void given_columns(const double* mean, const double* var, int64_t n, int64_t padded, Columns<A> c, A kappa, double eps) {
+void given_columns(const double* mean, const double* var, int64_t n, int64_t padded, Columns<A> c, A kappa,
+                   double eps) {
   for (int64_t j = 0; j < padded; j++) {
     const double m = j < n ? mean[j] : 0, scale = j < n ? kappa / __builtin_sqrt(var[j] + eps) : 0;
     c.ref[j] = (A)m;

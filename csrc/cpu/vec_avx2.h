@@ -3,6 +3,7 @@
 
 namespace kdcore::cpu::KD_ISA {
 
+KD_INLINE void end_streams() { _mm_sfence(); }
 KD_INLINE d8 fma8(d8 a, d8 b, d8 c) {
   __m256d x[2], y[2], z[2];
   __builtin_memcpy(x, &a, 64), __builtin_memcpy(y, &b, 64), __builtin_memcpy(z, &c, 64);

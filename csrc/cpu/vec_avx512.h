@@ -3,6 +3,7 @@
 
 namespace kdcore::cpu::KD_ISA {
 
+KD_INLINE void end_streams() { _mm_sfence(); }
 KD_INLINE d8 fma8(d8 a, d8 b, d8 c) { return _mm512_fmadd_pd(a, b, c); }
 
 template <class A>

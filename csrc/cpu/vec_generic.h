@@ -3,6 +3,7 @@
 
 namespace kdcore::cpu::KD_ISA {
 
+KD_INLINE void end_streams() {}                            // what was streamed is seen by other threads
 KD_INLINE d8 fma8(d8 a, d8 b, d8 c) { return a * b + c; }  // may round twice
 
 KD_INLINE float from_bits(uint32_t x) {
@@ -86,9 +87,9 @@ struct Vec {
     return v;
   }
   static KD_INLINE void store(A* p, R v) { __builtin_memcpy(p, &v, 16); }
-  static KD_INLINE R fma(R a, R b, R c) { return a * b + c; }    // may round twice
+  static KD_INLINE R fma(R a, R b, R c) { return a * b + c; }  // may round twice
   static KD_INLINE R fnma(R a, R b, R c) { return c - a * b; }
-  static KD_INLINE R max(R a, R b) { return a > b ? a : b; }     // b where one is NaN
+  static KD_INLINE R max(R a, R b) { return a > b ? a : b; }  // b where one is NaN
   static KD_INLINE R sqrt(R a) {
     for (int i = 0; i < W; i++) a[i] = __builtin_sqrt(a[i]);
     return a;
