@@ -62,8 +62,7 @@ inline int threads() { return omp_in_parallel() ? 1 : static_cast<int>(torch::st
 inline Tensor fresh(std::initializer_list<int64_t> sizes, int32_t code) {
   const int64_t strides[2] = {sizes.size() == 2 ? sizes.begin()[1] : 1, 1};
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, code, codes().cpu, 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, code, codes().cpu, 0, &made));
   return Tensor(made);
 }
 
@@ -86,26 +85,12 @@ class Room {
   std::unique_ptr<T[]> far_;
 };
 
-// Uninitialised room of this thread, until its next call asks for some: kept, because new pages cost more than copies.
-inline char* kept_room(size_t size) {
-  constexpr size_t kept = 256 << 20;
-  struct Block {
-    std::unique_ptr<char[]> memory;
-    size_t size = 0;
-  };
-  static thread_local Block block;
-  if (size > block.size || block.size > kept) {
-    block = {};
-    block = {std::make_unique_for_overwrite<char[]>(size), size};
-  }
-  return block.memory.get();
-}
-
 // The numbers of a float32 or float64 tensor as doubles; they stay where they are if that is what they are.
 template <size_t near>
 const double* doubles(const Tensor& tensor, int64_t size, Room<double, near>& room) {
   const int32_t code = code_of(tensor);
-  KD_CHECK(code == codes().f32 || code == codes().f64, "row_beta, stats, sums and grad_loss must be float32 or float64");
+  KD_CHECK(code == codes().f32 || code == codes().f64,
+           "row_beta, stats, sums and grad_loss must be float32 or float64");
   KD_CHECK(tensor.numel() == size, "row_beta, stats, sums or grad_loss has a wrong size");
   const bool plain = tensor.is_contiguous();
   if (plain && code == codes().f64) return static_cast<const double*>(tensor.data_ptr());
@@ -201,7 +186,9 @@ class Rows {
 // The logits of one side as the kernels read them: elements side by side, any distance between rows.
 struct Logits {
   explicit Logits(const Tensor& z)
-      : tensor(z.stride(1) == 1 ? z : torch::stable::contiguous(z)), data(tensor.data_ptr()), stride(tensor.stride(0)) {}
+      : tensor(z.stride(1) == 1 ? z : torch::stable::contiguous(z)),
+        data(tensor.data_ptr()),
+        stride(tensor.stride(0)) {}
 
   void pack(const Rows& rows, int64_t classes, size_t item, char* room) {
     rows.gather(data, stride * item, classes * item, room);

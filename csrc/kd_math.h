@@ -85,7 +85,8 @@ template <class V>
 KD_INLINE RowTerms<V> kd_terms(const RowSums<V>& r) {
   using N = Num<V>;
   const V one = V{} + 1, divergence = kd_over(r.gap, r.zt) + (N::log(r.zs) - N::log(r.zt));
-  return {V{}, N::select(r.zt == V{}, V{}, divergence), kd_over(one, r.zs), kd_over(one, r.zt), V{}};
+  const V student = N::select(r.zt == V{}, V{}, kd_over(one, r.zs));
+  return {V{}, N::select(r.zt == V{}, V{}, divergence), student, kd_over(one, r.zt), V{}};
 }
 
 // DKD; label_s and label_t are the label's own u and v, shifted as the sums are.
@@ -99,7 +100,8 @@ KD_INLINE RowTerms<V> dkd_terms(const RowSums<V>& r, V label_s, V label_t, V alp
   // p_s - p_t from the smaller tails, where nothing cancels
   const V upper = t.rest - s.rest, lower = s.p - t.p;
   const V label = alpha * N::select(d_s > V{}, N::select(d_t > V{}, upper, lower), lower);
-  return {tckd, nckd, kd_over(beta - label, r.zs), kd_over(beta, r.zt), label};
+  const V among = N::select(r.zt == V{}, V{}, beta);  // no NCKD where the teacher has nothing but the label
+  return {tckd, nckd, kd_over(among - label, r.zs), kd_over(among, r.zt), label};
 }
 
 // Cross-entropy of the raw logits, shifted by their maximum m: rest = sum over the others of e^(s_j - m), label =

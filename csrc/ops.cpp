@@ -15,15 +15,15 @@ struct Common {
   bool decoupled, cross_entropy, through;
 };
 
-#define KD_COMMON                                                                                                  \
-  const Tensor &student, const Tensor &teacher, const OptionalTensor &index, const OptionalTensor &row_beta,       \
-      const OptionalTensor &stats, double temperature, double alpha, double beta, double kd_weight,                \
-      double ce_weight, double label_smoothing, double eps, int64_t ignore_index, int64_t normalize,               \
-      bool decoupled, bool cross_entropy, bool through
-#define KD_COMMON_VALUES                                                                                           \
-  Common {                                                                                                         \
-    student, teacher, index, row_beta, stats, temperature, alpha, beta, kd_weight, ce_weight, label_smoothing,     \
-        eps, ignore_index, normalize, decoupled, cross_entropy, through                                            \
+#define KD_COMMON                                                                                                      \
+  const Tensor &student, const Tensor &teacher, const OptionalTensor &index, const OptionalTensor &row_beta,           \
+      const OptionalTensor &stats, double temperature, double alpha, double beta, double kd_weight, double ce_weight,  \
+      double label_smoothing, double eps, int64_t ignore_index, int64_t normalize, bool decoupled, bool cross_entropy, \
+      bool through
+#define KD_COMMON_VALUES                                                                                            \
+  Common {                                                                                                          \
+    student, teacher, index, row_beta, stats, temperature, alpha, beta, kd_weight, ce_weight, label_smoothing, eps, \
+        ignore_index, normalize, decoupled, cross_entropy, through                                                  \
   }
 
 const Common& checked(const Common& c) {
@@ -53,7 +53,7 @@ class Input {
     const cpu::Dtype dtype = dtype_of(code);
     if (rows.packed()) {
       const size_t item = width(dtype), bytes = rows.valid * classes * item;
-      char* const room = kept_room(2 * bytes);
+      char* const room = static_cast<char*>(cpu::scratch(2 * bytes, cpu::Use::packing));
       student_.pack(rows, classes, item, room);
       teacher_.pack(rows, classes, item, room + bytes);
     }
@@ -228,25 +228,30 @@ Tensor backward(const Tensor& grad_loss, KD_COMMON, const OptionalTensor& sums, 
 std::tuple<Tensor, Tensor, Tensor> col_stats(const Tensor& z, const OptionalTensor& index, int64_t ignore_index) {
   KD_CHECK(z.dim() == 2 && z.size(1) >= 1, "logits must be [B, C]");
   const int64_t classes = z.size(1);
-  const int32_t code = code_of(z), acc = accumulator(code);
-  const cpu::Dtype dtype = dtype_of(code);
+  const cpu::Dtype dtype = dtype_of(code_of(z));
   const Rows rows(index, z.size(0), classes, ignore_index);
   Logits logits(z);
-  if (rows.packed()) logits.pack(rows, classes, width(dtype), kept_room(rows.valid * classes * width(dtype)));
-  std::tuple<Tensor, Tensor, Tensor> out{fresh({}, acc), fresh({classes}, acc), fresh({classes}, acc)};
-  const auto values = std::make_unique<double[]>(2 * classes);  // 0 where no row counts
-  double *const mean = values.get(), *const m2 = mean + classes;
-  const double count = static_cast<double>(rows.valid);
-  if (rows.valid) cpu::col_stats(logits.data, rows.valid, classes, logits.stride, dtype, mean, m2, threads());
-  store(std::get<0>(out).data_ptr(), acc, &count, 1);
-  store(std::get<1>(out).data_ptr(), acc, mean, classes);
-  store(std::get<2>(out).data_ptr(), acc, m2, classes);
+  if (rows.packed()) {
+    const size_t item = width(dtype);
+    logits.pack(rows, classes, item, static_cast<char*>(cpu::scratch(rows.valid * classes * item, cpu::Use::packing)));
+  }
+  const int32_t f64 = codes().f64;  // a mean in float32 would lose what an offset leaves of it
+  std::tuple<Tensor, Tensor, Tensor> out{fresh({}, f64), fresh({classes}, f64), fresh({classes}, f64)};
+  auto* const mean = static_cast<double*>(std::get<1>(out).data_ptr());
+  auto* const m2 = static_cast<double*>(std::get<2>(out).data_ptr());
+  *static_cast<double*>(std::get<0>(out).data_ptr()) = static_cast<double>(rows.valid);
+  if (rows.valid) {
+    cpu::col_stats(logits.data, rows.valid, classes, logits.stride, dtype, mean, m2, threads());
+  } else {
+    std::fill_n(mean, classes, 0.0);
+    std::fill_n(m2, classes, 0.0);
+  }
   return out;
 }
 
-#define KD_COMMON_SCHEMA                                                                                        \
-  "Tensor student, Tensor teacher, Tensor? index, Tensor? row_beta, Tensor? stats, float temperature, "         \
-  "float alpha, float beta, float kd_weight, float ce_weight, float label_smoothing, float eps, "               \
+#define KD_COMMON_SCHEMA                                                                                \
+  "Tensor student, Tensor teacher, Tensor? index, Tensor? row_beta, Tensor? stats, float temperature, " \
+  "float alpha, float beta, float kd_weight, float ce_weight, float label_smoothing, float eps, "       \
   "int ignore_index, int normalize, bool decoupled, bool cross_entropy, bool through"
 
 }  // namespace

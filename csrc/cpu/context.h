@@ -53,7 +53,7 @@ struct Context {
         kappa((A)(kLog2e / q.temperature)),
         gradient(q.kd_weight * q.temperature),
         batch(q.normalize == Normalize::per_class && !q.stats),
-        through(q.normalize == Normalize::per_class && q.through) {}
+        through(q.normalize == Normalize::per_class && (q.through || q.sums_out)) {}
 
   KD_INLINE double weight(int64_t row) const { return p.row_weight ? p.row_weight[row] : p.weight; }
   KD_INLINE double beta(int64_t row) const { return p.row_beta ? p.row_beta[row] : p.beta; }
@@ -71,7 +71,6 @@ struct Arena {
   }
 };
 
-// This thread's block of at least that size; it is kept for the next call.
-KD_INLINE Arena workspace(int64_t bytes) { return {(char*)scratch(bytes)}; }
+KD_INLINE Arena workspace(int64_t bytes) { return {(char*)scratch(bytes, Use::kernels)}; }
 
 }  // namespace kdcore::cpu::KD_ISA

@@ -15,7 +15,7 @@ namespace kdcore::cpu {
   void col_stats(const void*, int64_t, int64_t, int64_t, Dtype, double*, double*, int); \
   }
 KD_DECLARE(generic)
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 KD_DECLARE(avx2)
 KD_DECLARE(avx512)
 #endif
@@ -26,7 +26,7 @@ constexpr Isa kAll[] = {Isa::generic, Isa::avx2, Isa::avx512};
 std::atomic<int> chosen{-1};
 
 bool has(Isa isa) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   if (isa == Isa::avx2)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == Isa::avx512)
@@ -36,16 +36,21 @@ bool has(Isa isa) {
   return isa == Isa::generic;
 }
 
-// Freed with its thread; a large one is not kept.
 struct Block {
   static constexpr std::size_t kKept = 256 << 20;
   void* memory = nullptr;
   std::size_t size = 0;
-  ~Block() { std::free(memory); }
+  ~Block() { clear(); }
+
+  void clear() {
+    std::free(memory);
+    memory = nullptr;
+    size = 0;
+  }
 
   void* get(std::size_t bytes) {
-    if (bytes <= size && !(size > kKept && bytes <= kKept)) return memory;
-    std::free(memory);
+    if (bytes <= size) return memory;
+    clear();
     const std::size_t page = 2 << 20, step = bytes >= page ? page : 4096;
     size = (bytes + step - 1) / step * step;
     memory = std::aligned_alloc(step, size);
@@ -60,12 +65,16 @@ struct Block {
   }
 };
 
+thread_local Block blocks[2];
+
+void clear_scratch() {
+  for (Block& block : blocks)
+    if (block.size > Block::kKept) block.clear();
+}
+
 }  // namespace
 
-void* scratch(int64_t bytes) {
-  static thread_local Block block;
-  return block.get(static_cast<std::size_t>(bytes));
-}
+void* scratch(int64_t bytes, Use use) { return blocks[static_cast<int>(use)].get(static_cast<std::size_t>(bytes)); }
 
 Isa best_isa() { return has(Isa::avx512) ? Isa::avx512 : has(Isa::avx2) ? Isa::avx2 : Isa::generic; }
 
@@ -98,7 +107,7 @@ bool parse_isa(const char* name, Isa* isa) {
   return false;
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define KD_PICK(call)       \
   switch (current_isa()) {  \
     case Isa::avx512:       \
@@ -112,11 +121,26 @@ bool parse_isa(const char* name, Isa* isa) {
 #define KD_PICK(call) return generic::call;
 #endif
 
-void run(const Problem& problem) { KD_PICK(run(problem)) }
+namespace {
+
+void run_best(const Problem& problem) { KD_PICK(run(problem)) }
+
+void col_stats_best(const void* z, int64_t rows, int64_t classes, int64_t stride, Dtype dtype, double* mean, double* m2,
+                    int threads) {
+  KD_PICK(col_stats(z, rows, classes, stride, dtype, mean, m2, threads))
+}
+
+}  // namespace
+
+void run(const Problem& problem) {
+  run_best(problem);
+  clear_scratch();
+}
 
 void col_stats(const void* z, int64_t rows, int64_t classes, int64_t stride, Dtype dtype, double* mean, double* m2,
                int threads) {
-  KD_PICK(col_stats(z, rows, classes, stride, dtype, mean, m2, threads))
+  col_stats_best(z, rows, classes, stride, dtype, mean, m2, threads);
+  clear_scratch();
 }
 
 }  // namespace kdcore::cpu

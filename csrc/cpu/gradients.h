@@ -131,13 +131,15 @@ KD_NOINLINE void finish_final(const Context<T>& c, int64_t first, int64_t n, Col
   for (int64_t j = 0; j < n; j += V::W) {
     const auto scale = V::load(x.scale + j), offset = V::load(x.offset + j), gain = scale * V::set(inverse);
     auto s1 = V::load(sum + j), s2 = V::fma(scale, V::load(moment + j), offset * s1) * V::set(inverse);
-    alignas(64) A one[V::W], two[V::W];
-    V::store(one, s1), V::store(two, s2);
-    for (int k = 0; k < V::W && j + k < n; k++) {
-      if (p.sums_out) p.sums_out[first + j + k] = one[k], p.sums_out[c.C + first + j + k] = two[k];
-      if (p.sums) one[k] = (A)p.sums[first + j + k], two[k] = (A)p.sums[c.C + first + j + k];
+    if (p.sums || p.sums_out) {
+      alignas(64) A one[V::W], two[V::W];
+      V::store(one, s1), V::store(two, s2);
+      for (int k = 0; k < V::W && j + k < n; k++) {
+        if (p.sums_out) p.sums_out[first + j + k] = one[k], p.sums_out[c.C + first + j + k] = two[k];
+        if (p.sums) one[k] = (A)p.sums[first + j + k], two[k] = (A)p.sums[c.C + first + j + k];
+      }
+      s1 = V::load(one), s2 = V::load(two);
     }
-    if (p.sums) s1 = V::load(one), s2 = V::load(two);
     const auto rate = V::set(share_of) * gain, slope = rate * s2 * V::set(inverse);
     V::store(f.gain + j, gain);
     V::store(f.slope + j, V::set(0) - slope * scale);

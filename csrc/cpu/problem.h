@@ -46,6 +46,11 @@ bool set_isa(Isa isa);  // false: this machine does not have it
 const char* isa_name(Isa);
 bool parse_isa(const char* name, Isa* isa);
 
+// The calling thread's memory for one call, at least that large and aligned to a cache line. Blocks of usual size are
+// kept for its next call, because fresh pages cost more than what is done with them; larger ones go when the call ends.
+enum class Use { kernels, packing };
+void* scratch(int64_t bytes, Use use);
+
 void run(const Problem& problem);
 
 // Mean and sum of squared deviations of each class, [classes] each.

@@ -283,12 +283,12 @@ template <class T, Affine F, bool MOMENTS, bool CE>
 void run_rows(const Context<T>& c) {
   using A = Accumulator<T>;
   const RowsPlan<T> plan(c);
-  const int64_t P = c.padded, wide = 64 * Vec<A>::W, own = 3 * plan.chunk * P + 4 * wide;
-  const int64_t kept = !plan.wait || plan.in_place ? 0 : c.grad ? c.B * P : 4 * P;
+  const int64_t P = c.padded, wide = 64 * Vec<A>::W, arrays = CE ? 3 : 2;
+  const int64_t own = round_up(arrays * plan.chunk * P + 4 * wide, 16);
   const int threads = c.B * P < 9600 ? 1 : c.p.threads;
+  const int64_t kept = !plan.wait || plan.in_place ? 0 : c.grad ? c.B * P : threads * P;
   Arena arena = workspace(
-      (10 * P + (plan.wait ? plan.shards * 2 * P : 0) + plan.stat_shards * 4 * P + kept + threads * (own + 16)) *
-          sizeof(A) +
+      (10 * P + (plan.wait ? plan.shards * 2 * P : 0) + plan.stat_shards * 4 * P + kept + threads * own) * sizeof(A) +
       4096);
   RowsWork<T> w;
   A** const columns[] = {&w.of_s.ref,    &w.of_s.scale, &w.of_s.offset, &w.of_t.ref,    &w.of_t.scale,
@@ -298,13 +298,16 @@ void run_rows(const Context<T>& c) {
   w.stats = arena.take<A>(plan.stat_shards * 4 * P);
   w.g = kept ? arena.take<A>(kept) : (A*)c.grad;
   w.ldg = plan.in_place ? c.C : c.grad ? P : 0;
-  A* each = arena.take<A>(threads * round_up(own, 16));
+  A* each = arena.take<A>(threads * own);
+  const RowsWork<T> shared = w;
   team(threads, [&](const Member& me) {
-    A* mine = each + me.id * round_up(own, 16);
-    const Scratch<A> e = {mine, mine + plan.chunk * P, mine + 2 * plan.chunk * P, P};
+    RowsWork<T> w = shared;
+    if (kept && !c.grad) w.g += me.id * P;  // nobody reads it: the sums alone are wanted
+    A* mine = each + me.id * own;
+    const Scratch<A> e = {mine, mine + plan.chunk * P, mine + (arrays - 1) * plan.chunk * P, P};
     const Range vectors = share(c.vectors, me.id, me.size), shards = share(plan.shards, me.id, me.size);
     if constexpr (F != Affine::row) {
-      rows_columns(c, w, plan, me, vectors, mine + 3 * plan.chunk * P);
+      rows_columns(c, w, plan, me, vectors, mine + arrays * plan.chunk * P);
       me.wait();
     }
     for (int64_t k = shards.begin; k < shards.end; k++) {

@@ -1,18 +1,19 @@
-// Mean and variance of each class, from sums of deviations from a reference close to the mean: no cancellation, and a
-// constant class has deviations of exactly 0.
+// Mean and variance of each class, from sums of deviations from a reference close to the mean, so that little cancels;
+// a constant class has deviations of exactly 0.
 #pragma once
 
 namespace kdcore::cpu::KD_ISA {
 
 constexpr int64_t kRowBlock = 256;  // rows summed before the sum joins the total, which keeps rounding short
 
-// The mean of the first rows, vector v.
+// The mean of a few rows from all over the batch, which may be sorted, or begin with something special.
 template <class T, class V = Vec<Accumulator<T>>>
 KD_INLINE typename V::R reference(const T* z, int64_t rows, int64_t ld, int n) {
   const int k = rows < kRows ? (int)rows : kRows;
+  const int64_t step = rows / k * ld;
   const auto first = V::in(z, n);
   auto d = V::set(0);
-  for (int i = 1; i < k; i++) d = d + (V::in(z + i * ld, n) - first);
+  for (int i = 1; i < k; i++) d = d + (V::in(z + i * step, n) - first);
   return V::fma(d, V::set(1.0f / k), first);
 }
 

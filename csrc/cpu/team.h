@@ -14,9 +14,6 @@
 
 namespace kdcore::cpu {
 
-// The calling thread's scratch block, at least that large and aligned to a cache line.
-void* scratch(int64_t bytes);
-
 struct Yes {
   static constexpr bool value = true;
 };

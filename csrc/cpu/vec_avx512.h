@@ -39,11 +39,11 @@ struct Vec<float> {
   }
 
   static KD_INLINE R up(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-  // To nearest even. A NaN of arithmetic, or of a bf16, has no low bits that could carry it away.
-  static KD_INLINE __m256i down(R v) {
+  static KD_INLINE __m256i down(R v) {  // to nearest even; NaN stays NaN
     const __m512i x = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
     const __m512i r = _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7fff)), odd);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc00000)), 16));
   }
 
   static KD_INLINE R in(const float* p) { return _mm512_loadu_ps(p); }

@@ -52,13 +52,12 @@ __global__ void merge_moments(const Moments<A>* moments, int64_t chunks, int64_t
 }
 
 // The results of col_stats.
-template <class A>
 struct WriteStats {
-  A *mean, *m2;
+  double *mean, *m2;
 
   __device__ void operator()(int64_t column, const Moments<double>& all) const {
-    mean[column] = static_cast<A>(all.mean + all.rest);
-    m2[column] = static_cast<A>(all.m2);
+    mean[column] = all.mean + all.rest;
+    m2[column] = all.m2;
   }
 };
 
@@ -74,13 +73,12 @@ struct WriteAffine {
   }
 };
 
-// The normalisation by given statistics: one thread per side and class.
+// The normalisation by given statistics, [2, classes] mean and variance.
 template <class A>
 __global__ void use_stats(const double* stats, int64_t classes, double eps, Affine<A>* columns) {
-  const int64_t index = thread_index();
-  if (index >= 2 * classes) return;
-  const int64_t mean = index < classes ? index : index + classes;  // mean_s, var_s, mean_t, var_t
-  columns[index] = affine<A, double>(stats[mean], 0, 1 / sqrt(stats[mean + classes] + eps));
+  const int64_t column = thread_index();
+  if (column >= classes) return;
+  columns[column] = affine<A, double>(stats[column], 0, 1 / sqrt(stats[classes + column] + eps));
 }
 
 // dL/dh of an element.
@@ -91,13 +89,19 @@ __device__ A slope(const RowFactors<A>& row, A h_s, A h_t, bool at_label, A inve
          row.factor_t * Num<A>::exp((h_t - row.tops.teacher) * inverse_temperature);
 }
 
+// Cross-entropy's part of the gradient at a class that is not the label.
+template <class A>
+__device__ A entropy_slope(const RowFactors<A>& row, A logit) {
+  return row.ce_factor * Num<A>::exp(logit - row.tops.raw) - row.ce_uniform;
+}
+
 // Sums of a class's slopes over a chunk's rows, for the way through its statistics.
 template <class T, class A = Acc<T>>
 __global__ void col_pass(Problem p, Work<A> w) {
   const int64_t classes = p.shape.classes;
   const Place at = place(classes);
   if (at.column >= classes) return;
-  const Affine<A> student = w.columns[at.column], teacher = w.columns[classes + at.column];
+  const Affine<A> student = w.columns_s[at.column], teacher = w.columns_t[at.column];
   const int64_t begin = at.chunk * w.chunk, end = min(begin + w.chunk, p.shape.rows);
   ColSums<A> sums{0, 0};
   for (int64_t row = begin; row < end; ++row) {
@@ -136,8 +140,8 @@ __global__ void gradient(Problem p, Work<A> w) {
   Affine<A> student{0, 0, 1}, teacher{0, 0, 1};
   ColSums<A> mean{0, 0};
   if (per_class) {
-    student = w.columns[at.column];
-    teacher = w.columns[classes + at.column];
+    student = w.columns_s[at.column];
+    teacher = w.columns_t[at.column];
   }
   if (per_class && p.through) {
     const A* const sums = p.sums ? static_cast<const A*>(p.sums) : w.col_sums;
@@ -160,10 +164,7 @@ __global__ void gradient(Problem p, Work<A> w) {
       if (per_class && p.through) dz -= mean.gradient + h_s * mean.tilt;
       dz *= student.scale;
       if (instance) dz -= student.centred(s) * factors.spread;
-      if (p.ce_weight != 0) {
-        dz += at_label ? factors.ce_at_label
-                       : factors.ce_factor * Num<A>::exp(s - factors.tops.raw) - factors.ce_uniform;
-      }
+      if (p.ce_weight != 0) dz += at_label ? factors.ce_at_label : entropy_slope(factors, s);
     }
     static_cast<T*>(p.grad)[row * classes + at.column] = Element<T>::narrow(dz);
   }

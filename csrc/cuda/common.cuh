@@ -48,8 +48,8 @@ struct Element<__nv_bfloat16> {
 template <class T>
 using Acc = typename Element<T>::Acc;
 
-// How logits are normalised: h = ((z - mean) - rest) * scale. The mean is in two parts, itself rounded and what rounding
-// left, so an offset common to a class or row costs no accuracy, and a constant one gives exactly 0.
+// How logits are normalised: h = ((z - mean) - rest) * scale. The mean is in two parts, itself rounded and what
+// rounding left: an offset common to a class or row costs no accuracy, and a constant one gives exactly 0.
 template <class A>
 struct Affine {
   A mean, rest, scale;
@@ -142,8 +142,8 @@ template <class A>
 struct RowFactors {
   Affine<A> student, teacher;
   Tops<A> tops;
-  A factor_s, factor_t, at_label;       // of RowTerms
-  A spread;                             // instance: the way through the deviation
+  A factor_s, factor_t, at_label;        // of RowTerms
+  A spread;                              // instance: the way through the deviation
   A ce_factor, ce_uniform, ce_at_label;  // of CrossEntropy
   int64_t label;
   bool counts;
@@ -159,15 +159,15 @@ struct ColSums {
 template <class A>
 struct Work {
   A inverse_temperature;
-  int64_t chunk, chunks;  // rows in a chunk of the passes over columns
-  A* count;
-  Moments<A>* moments;    // [chunks, classes] of the side at hand
-  Affine<A>* columns;     // [2, classes] of per_class, else null
-  RowPass<A>* passes;     // [rows]
-  RowFactors<A>* factors;  // [rows]
-  A *row_losses, *row_parts;  // [rows], [4, rows]
-  ColSums<A>* partial_sums;   // [chunks, classes]
-  A* col_sums;                // [2, classes]
+  int64_t chunk, chunks;            // rows in a chunk of the passes over columns, and how many chunks
+  A* count;                         // rows that count
+  Moments<A>* moments;              // [chunks, classes] of the side at hand
+  Affine<A>*columns_s, *columns_t;  // [classes] each, under per_class; else null
+  RowPass<A>* passes;               // [rows]
+  RowFactors<A>* factors;           // [rows]
+  A *row_losses, *row_parts;        // [rows], [4, rows]
+  ColSums<A>* partial_sums;         // [chunks, classes]
+  A* col_sums;                      // [2, classes]
 };
 
 template <class T>

@@ -83,14 +83,17 @@ bool needs_col_sums(const Problem& p) {
 
 template <class A>
 Work<A> carve(const Problem& p, Carver& memory) {
-  const auto [rows, classes] = std::pair(p.shape.rows, p.shape.classes);
+  const int64_t rows = p.shape.rows, classes = p.shape.classes;
   Work<A> w{};
   w.inverse_temperature = static_cast<A>(1 / p.temperature);
   w.chunk = chunk_rows(p.shape);
   w.chunks = chunks_of(rows, w.chunk);
   w.count = memory.take<A>(1);
-  if (p.normalize == Normalize::per_class) w.columns = memory.take<Affine<A>>(2 * classes);
-  if (p.normalize == Normalize::per_class && !p.stats) w.moments = memory.take<Moments<A>>(w.chunks * classes);
+  if (p.normalize == Normalize::per_class) {
+    w.columns_s = memory.take<Affine<A>>(classes);
+    w.columns_t = memory.take<Affine<A>>(classes);
+    if (!p.stats) w.moments = memory.take<Moments<A>>(w.chunks * classes);
+  }
   w.passes = memory.take<RowPass<A>>(rows);
   w.factors = memory.take<RowFactors<A>>(rows);
   w.row_losses = p.row_losses ? static_cast<A*>(p.row_losses) : memory.take<A>(rows);
@@ -102,18 +105,14 @@ Work<A> carve(const Problem& p, Carver& memory) {
   return w;
 }
 
-// The normalisation of each class, on both sides.
+// The normalisation of each class of one side; stats are its given mean and variance, or null.
 template <class T, class A = Acc<T>>
-void normalise(const Problem& p, const Work<A>& w, Queue& queue) {
+void normalise(const Problem& p, const Work<A>& w, const Logits& z, const double* stats, Affine<A>* columns,
+               Queue& queue) {
   const int64_t classes = p.shape.classes, across = tiles(classes);
-  if (p.stats) {
-    return queue.run(use_stats<A>, tiles(2 * classes), p.stats, classes, p.eps, w.columns);
-  }
-  for (const bool teacher : {false, true}) {
-    const WriteAffine<A> write{w.columns + (teacher ? classes : 0), p.eps};
-    queue.run(col_moments<T>, across * w.chunks, p.shape, teacher ? p.teacher : p.student, w.chunk, w.moments);
-    queue.run(merge_moments<A, WriteAffine<A>>, across, w.moments, w.chunks, classes, write);
-  }
+  if (stats) return queue.run(use_stats<A>, across, stats, classes, p.eps, columns);
+  queue.run(col_moments<T>, across * w.chunks, p.shape, z, w.chunk, w.moments);
+  queue.run(merge_moments<A, WriteAffine<A>>, across, w.moments, w.chunks, classes, WriteAffine<A>{columns, p.eps});
 }
 
 template <class T, class A = Acc<T>>
@@ -122,7 +121,10 @@ cudaError_t run_typed(const Problem& p, const Work<A>& w, cudaStream_t stream) {
   const bool per_class = p.normalize == Normalize::per_class;
   Queue queue(stream);
   if (p.loss || (per_class && p.grad && p.through && !p.count)) queue.run(count_rows<A>, 1, p.shape, w.count);
-  if (per_class) normalise<T>(p, w, queue);
+  if (per_class) {
+    normalise<T>(p, w, p.student, p.stats, w.columns_s, queue);
+    normalise<T>(p, w, p.teacher, p.stats ? p.stats + 2 * p.shape.classes : nullptr, w.columns_t, queue);
+  }
   queue.run(row_pass<T>, rows, p, w);
   queue.run(row_terms<T>, tiles(rows), p, w);
   if (p.loss) queue.run(reduce_rows<A>, 5, p, w);
@@ -167,13 +169,13 @@ cudaError_t col_stats(const ColStats& problem, void* workspace, cudaStream_t str
     using A = Acc<T>;
     const Shape& shape = problem.shape;
     const int64_t chunk = chunk_rows(shape), chunks = chunks_of(shape.rows, chunk), across = tiles(shape.classes);
-    const WriteStats<A> write{static_cast<A*>(problem.mean), static_cast<A*>(problem.m2)};
+    const WriteStats write{problem.mean, problem.m2};
     Carver memory(workspace);
     Moments<A>* const moments = carve<A>(problem, memory);
     Queue queue(stream);
-    queue.run(count_rows<A>, 1, shape, static_cast<A*>(problem.count));
+    queue.run(count_rows<double>, 1, shape, problem.count);
     queue.run(col_moments<T>, across * chunks, shape, problem.logits, chunk, moments);
-    queue.run(merge_moments<A, WriteStats<A>>, across, moments, chunks, shape.classes, write);
+    queue.run(merge_moments<A, WriteStats>, across, moments, chunks, shape.classes, write);
     return queue.error();
   });
 }

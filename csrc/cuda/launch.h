@@ -45,7 +45,7 @@ struct Problem {
   const void* count;    // acc: rows that sums cover; given with them
 
   // results, each unless null
-  void* loss;       // acc: mean or sum of the rows' losses; with it part_means, acc [4]: kd, tckd, nckd, ce
+  void* loss;  // acc: mean or sum of the rows' losses; with it part_means, acc [4]: kd, tckd, nckd, ce
   void* part_means;
   void* row_losses;  // acc [rows]; with it row_parts, acc [4, rows]
   void* row_parts;
@@ -58,11 +58,11 @@ size_t workspace_bytes(const Problem& problem);
 
 cudaError_t run(const Problem& problem, void* workspace, cudaStream_t stream);
 
-// Rows that count (acc), mean and sum of squared deviations of each class (acc [classes] each).
+// Rows that count, mean and sum of squared deviations of each class ([classes] each).
 struct ColStats {
   Shape shape;
   Logits logits;
-  void *count, *mean, *m2;
+  double *count, *mean, *m2;
 };
 
 size_t workspace_bytes(const ColStats& problem);

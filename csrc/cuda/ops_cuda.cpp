@@ -14,8 +14,8 @@
 #include "launch.h"
 
 // The checks of torch::stable name the file on the machine that built it; the Python side explains these further.
-#define KD_CHECK(condition, text) \
-  do {                            \
+#define KD_CHECK(condition, text)                                \
+  do {                                                           \
     if (!(condition)) throw std::runtime_error("kdcore: " text); \
   } while (false)
 
@@ -36,15 +36,15 @@ struct Common {
   bool decoupled, cross_entropy, through;
 };
 
-#define KD_COMMON                                                                                                  \
-  const Tensor &student, const Tensor &teacher, const OptionalTensor &index, const OptionalTensor &row_beta,       \
-      const OptionalTensor &stats, double temperature, double alpha, double beta, double kd_weight,                \
-      double ce_weight, double label_smoothing, double eps, int64_t ignore_index, int64_t normalize,               \
-      bool decoupled, bool cross_entropy, bool through
-#define KD_COMMON_VALUES                                                                                           \
-  Common {                                                                                                         \
-    student, teacher, index, row_beta, stats, temperature, alpha, beta, kd_weight, ce_weight, label_smoothing,     \
-        eps, ignore_index, normalize, decoupled, cross_entropy, through                                            \
+#define KD_COMMON                                                                                                      \
+  const Tensor &student, const Tensor &teacher, const OptionalTensor &index, const OptionalTensor &row_beta,           \
+      const OptionalTensor &stats, double temperature, double alpha, double beta, double kd_weight, double ce_weight,  \
+      double label_smoothing, double eps, int64_t ignore_index, int64_t normalize, bool decoupled, bool cross_entropy, \
+      bool through
+#define KD_COMMON_VALUES                                                                                            \
+  Common {                                                                                                          \
+    student, teacher, index, row_beta, stats, temperature, alpha, beta, kd_weight, ce_weight, label_smoothing, eps, \
+        ignore_index, normalize, decoupled, cross_entropy, through                                                  \
   }
 
 cuda::Dtype dtype_of(const Tensor& logits) {
@@ -95,8 +95,7 @@ const void* data(const OptionalTensor& tensor) { return tensor ? tensor->data_pt
 // Runs on the current stream of the logits' device; torch reuses the workspace only behind it on that stream.
 template <class Problem, class Launch>
 void launch(const Problem& problem, const Tensor& logits, Launch run) {
-  const Tensor workspace =
-      fresh(logits, {static_cast<int64_t>(cuda::workspace_bytes(problem))}, ScalarType::Byte);
+  const Tensor workspace = fresh(logits, {static_cast<int64_t>(cuda::workspace_bytes(problem))}, ScalarType::Byte);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(logits.get_device_index(), &stream));
   const cudaError_t error = run(problem, workspace.data_ptr(), static_cast<cudaStream_t>(stream));
@@ -228,14 +227,14 @@ std::tuple<Tensor, Tensor, Tensor> col_stats(const Tensor& z, const OptionalTens
   const DeviceGuard guard(z.get_device_index());
   const Tensor logits = row_major(z);
   const OptionalTensor labels_of = labels(index, z);
-  const ScalarType acc = accumulator(z);
-  const Tensor count = fresh(z, {}, acc), mean = fresh(z, {z.size(1)}, acc), m2 = fresh(z, {z.size(1)}, acc);
+  const ScalarType f64 = ScalarType::Double;  // a mean in float32 would lose what an offset leaves of it
+  const Tensor count = fresh(z, {}, f64), mean = fresh(z, {z.size(1)}, f64), m2 = fresh(z, {z.size(1)}, f64);
   cuda::ColStats problem{};
   problem.shape = {z.size(0), z.size(1), dtype_of(z), static_cast<const int64_t*>(data(labels_of)), ignore_index};
   problem.logits = {logits.data_ptr(), logits.stride(0)};
-  problem.count = count.data_ptr();
-  problem.mean = mean.data_ptr();
-  problem.m2 = m2.data_ptr();
+  problem.count = static_cast<double*>(count.data_ptr());
+  problem.mean = static_cast<double*>(mean.data_ptr());
+  problem.m2 = static_cast<double*>(m2.data_ptr());
   launch(problem, z, cuda::col_stats);
   return {count, mean, m2};
 }

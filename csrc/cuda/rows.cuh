@@ -41,15 +41,14 @@ __device__ A shift(A top) {
 }
 
 template <class T, class A = Acc<T>>
-__device__ Tops<A> row_tops(const Problem& p, const Work<A>& w, const RowPass<A>& found, int64_t row, int64_t left_out) {
-  const int64_t classes = p.shape.classes;
-  const Affine<A>* const columns_t = w.columns ? w.columns + classes : nullptr;
+__device__ Tops<A> row_tops(const Problem& p, const Work<A>& w, const RowPass<A>& found, int64_t row,
+                            int64_t left_out) {
   Tops<A> mine{-INFINITY, -INFINITY, -INFINITY};
-  for (int64_t j = threadIdx.x; j < classes; j += kThreads) {
+  for (int64_t j = threadIdx.x; j < p.shape.classes; j += kThreads) {
     const A s = load<T>(p.student, row, j), t = load<T>(p.teacher, row, j);
     const bool out = j == left_out;
-    mine.merge({out ? -INFINITY : pick(w.columns, found.student, j)(s),
-                out ? -INFINITY : pick(columns_t, found.teacher, j)(t), s});
+    mine.merge({out ? -INFINITY : pick(w.columns_s, found.student, j)(s),
+                out ? -INFINITY : pick(w.columns_t, found.teacher, j)(t), s});
   }
   const Tops<A> all = block_reduce(mine);
   return {shift(all.student), shift(all.teacher), shift(all.raw)};
@@ -63,12 +62,11 @@ __global__ void row_pass(Problem p, Work<A> w) {
   if (ignored(p.shape, row)) return;
   const bool instance = p.normalize == Normalize::instance;
   const int64_t label = p.shape.index ? p.shape.index[row] : -1, left_out = p.decoupled ? label : -1;
-  const Affine<A>* const columns_t = w.columns ? w.columns + classes : nullptr;
 
   RowPass<A> found{{0, 0, 1}, {0, 0, 1}, 0, {}, {}};
   if (instance) {
-    A teachers;
-    found.teacher = standardise<T>(p.teacher, row, classes, p.eps, &teachers);
+    A of_teacher;
+    found.teacher = standardise<T>(p.teacher, row, classes, p.eps, &of_teacher);
     found.student = standardise<T>(p.student, row, classes, p.eps, &found.deviation);
   }
   const Tops<A> tops = found.tops = row_tops<T>(p, w, found, row, left_out);
@@ -81,8 +79,8 @@ __global__ void row_pass(Problem p, Work<A> w) {
       mine.ce_logits += s - tops.raw;
     }
     if (j == left_out) continue;
-    const A u = (pick(w.columns, found.student, j)(s) - tops.student) * w.inverse_temperature;
-    const A v = (pick(columns_t, found.teacher, j)(t) - tops.teacher) * w.inverse_temperature;
+    const A u = (pick(w.columns_s, found.student, j)(s) - tops.student) * w.inverse_temperature;
+    const A v = (pick(w.columns_t, found.teacher, j)(t) - tops.teacher) * w.inverse_temperature;
     const A e_u = N::exp(u), e_v = N::exp(v);
     mine.zs += e_u;
     mine.zt += e_v;
@@ -103,14 +101,20 @@ __device__ RowTerms<double> distillation(const Problem& p, const Work<A>& w, con
                                          int64_t label, double beta) {
   const RowSums<double> sums{found.sums.zs, found.sums.zt, found.sums.gap};
   if (!p.decoupled) return kd_terms(sums);
-  const Affine<A>* const columns_t = w.columns ? w.columns + p.shape.classes : nullptr;
-  const A h_s = pick(w.columns, found.student, label)(load<T>(p.student, row, label));
-  const A h_t = pick(columns_t, found.teacher, label)(load<T>(p.teacher, row, label));
+  const A h_s = pick(w.columns_s, found.student, label)(load<T>(p.student, row, label));
+  const A h_t = pick(w.columns_t, found.teacher, label)(load<T>(p.teacher, row, label));
   const double label_s = static_cast<double>(h_s - found.tops.student) / p.temperature;
   const double label_t = static_cast<double>(h_t - found.tops.teacher) / p.temperature;
   RowTerms<double> terms = dkd_terms(sums, label_s, label_t, p.alpha, beta);
   if (p.shape.classes == 2) terms.nckd = 0;  // one class left: nothing to compare, whatever it holds
   return terms;
+}
+
+template <class T, class A = Acc<T>>
+__device__ CrossEntropy<double> cross_entropy(const Problem& p, const RowPass<A>& found, int64_t row, int64_t label) {
+  const double classes = static_cast<double>(p.shape.classes), mean = found.sums.ce_logits / classes;
+  const double at_label = load<T>(p.student, row, label) - found.tops.raw;
+  return cross_entropy_terms<double>(found.sums.ce_rest, at_label, mean, p.label_smoothing, classes);
 }
 
 // What the row gives to the gradient of each of its elements; weight is the row's, label -1 where there is none.
@@ -139,45 +143,45 @@ __device__ RowFactors<A> factors_of(const Problem& p, const RowPass<A>& found, c
   return made;
 }
 
-// One thread per row: its losses and, for a gradient, its factors.
+// A row's loss and parts; T^2 is in the first three, alpha and beta in kd.
+template <class A>
+__device__ void report(const Problem& p, const Work<A>& w, int64_t row, double kd, double tckd, double nckd,
+                       double ce) {
+  const double parts[4] = {kd, tckd, nckd, ce};
+  for (int part = 0; part < 4; ++part) w.row_parts[part * p.shape.rows + row] = static_cast<A>(parts[part]);
+  w.row_losses[row] = static_cast<A>(p.kd_weight * kd + (p.ce_weight != 0 ? p.ce_weight * ce : 0));
+}
+
+// One thread per row: what it reports and, for a gradient, its factors. All of a row with a label that is no class is
+// NaN, and the label is never used as an index.
 template <class T, class A = Acc<T>>
 __global__ void row_terms(Problem p, Work<A> w) {
-  const int64_t row = thread_index(), rows = p.shape.rows;
-  if (row >= rows) return;
-  const auto write = [&](double loss, double kd, double tckd, double nckd, double ce) {
-    w.row_losses[row] = static_cast<A>(loss);
-    const double parts[4] = {kd, tckd, nckd, ce};
-    for (int part = 0; part < 4; ++part) w.row_parts[part * rows + row] = static_cast<A>(parts[part]);
-  };
+  const int64_t row = thread_index();
+  if (row >= p.shape.rows) return;
   if (ignored(p.shape, row)) {
     w.factors[row].counts = false;
-    return write(0, 0, 0, 0, 0);
+    return report(p, w, row, 0, 0, 0, 0);
   }
   const RowPass<A> found = w.passes[row];
   const int64_t label = p.shape.index ? p.shape.index[row] : -1;
-  const bool missing = p.shape.index && (label < 0 || label >= p.shape.classes);  // never used as an index
+  const bool missing = p.shape.index && (label < 0 || label >= p.shape.classes);
   const bool pair = p.decoupled && p.shape.classes == 2;
   const double beta = pair ? 0 : p.row_beta ? static_cast<const A*>(p.row_beta)[row] : p.beta;
 
   RowTerms<double> terms{NAN, NAN, NAN, NAN, NAN};
-  CrossEntropy<double> ce{0, 0, 0};
-  if (missing) {
-    ce = {NAN, NAN, NAN};
-  } else {
+  CrossEntropy<double> ce{NAN, NAN, NAN};
+  if (!missing) {
     terms = distillation<T>(p, w, found, row, label, beta);
-    if (p.cross_entropy) {
-      const double at_label = load<T>(p.student, row, label) - found.tops.raw;
-      const double classes = static_cast<double>(p.shape.classes);
-      ce = cross_entropy_terms<double>(found.sums.ce_rest, at_label, found.sums.ce_logits / classes,
-                                       p.label_smoothing, classes);
-    }
+    ce = p.cross_entropy ? cross_entropy<T>(p, found, row, label) : CrossEntropy<double>{0, 0, 0};
   }
 
-  const double square = p.temperature * p.temperature;
-  const double tckd = p.decoupled ? square * terms.tckd : 0, nckd = p.decoupled ? square * terms.nckd : 0;
-  const double kd = p.decoupled ? p.alpha * tckd + (pair ? 0 : beta * nckd) : square * terms.nckd;
-  const double entropy = p.cross_entropy ? ce.loss : 0;
-  write(p.kd_weight * kd + (p.ce_weight != 0 ? p.ce_weight * entropy : 0), kd, tckd, nckd, entropy);
+  const double square = p.temperature * p.temperature, entropy = p.cross_entropy ? ce.loss : 0;
+  if (p.decoupled) {
+    const double kd = p.alpha * terms.tckd + (pair ? 0 : beta * terms.nckd);
+    report(p, w, row, square * kd, square * terms.tckd, square * terms.nckd, entropy);
+  } else {
+    report(p, w, row, square * terms.nckd, 0, 0, entropy);
+  }
 
   const double weight = p.row_weight ? static_cast<const A*>(p.row_weight)[row]
                         : p.mean     ? 1 / fmax(static_cast<double>(*w.count), 1.0)

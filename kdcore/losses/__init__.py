@@ -6,7 +6,7 @@ Importing this package, and :mod:`kdcore.losses.options`, does not import torch:
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from ._ops import available_backends
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .modules import DKDLoss, KDLoss
 
 __all__ = ["DKDLoss", "KDLoss", "available_backends", "dkd_loss", "kd_loss"]
+
+Normalize = Literal["none", "class", "instance"]
+"""What may be done to logits before the temperature."""
 
 _HOME = {
     "DKDLoss": "modules",

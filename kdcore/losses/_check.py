@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .options import Normalize
+from . import Normalize
 from .reference import Reduction, Settings, Target
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -106,7 +106,8 @@ def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
 def _is_traced() -> bool:
     if torch.compiler.is_compiling():
         return True
-    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    signs = ("_are_functorch_transforms_active", "_len_torch_dispatch_stack")  # names that torch does not promise
+    return any(getattr(torch._C, sign, bool)() for sign in signs)
 
 
 def _check_settings(settings: Settings) -> None:

@@ -18,21 +18,24 @@ from ._ops import DEFAULT_EPS, MODES, available_backends, named_parts, scaled_gr
 from .reference import Result, Target, Weight
 
 PLAIN = (Tensor, torch.nn.Parameter)
-is_transformed = torch._C._are_functorch_transforms_active
-_count_modes = torch._C._len_torch_dispatch_stack
-_is_traced = torch._C._is_tracing
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _KINDS = {  # what the words mean to the op: normalize, eps, through, mean
     (mode, stats, reduction): (MODES[mode], DEFAULT_EPS[mode], stats == "batch", reduction == "mean")
     for mode, stats, reduction in itertools.product(MODES, ("batch", "detached"), ("mean", "sum"))
     if stats == "batch" or mode == "class"
 }
 
-there_is = "cpu" in available_backends()
-"""Whether there is such a path."""
+is_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
-if there_is:  # straight to the kernel
-    _fused = torch.ops.kdcore.fused.default._handle.redispatch_boxed
+try:  # names that torch does not promise: without one of them every call goes the registered way
+    _count_modes = torch._C._len_torch_dispatch_stack
+    _is_traced = torch._C._is_tracing
+    _is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+    _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    _fused = torch.ops.kdcore.fused.default._handle.redispatch_boxed  # straight to the kernel
+    there_is = "cpu" in available_backends() and (forward_ad._current_level, profiler._is_profiler_enabled) is not None
+    """Whether there is such a path."""
+except AttributeError:
+    there_is = False
 
 
 def usual_loss(
@@ -112,7 +115,7 @@ class _KnownGradient(torch.autograd.Function):
         grad, loss = ctx.saved_tensors
         if torch.is_grad_enabled() or not _is_one(grad_loss):
             return scaled_gradient(grad, grad_loss, loss), None
-        return grad, None  # itself: a leaf takes it over without a copy
+        return grad.clone() if _is_kept() else grad, None  # itself: a leaf takes it over without a copy
 
 
 # apply without its look for functorch, which has been had

@@ -29,9 +29,13 @@ MODES = {"none": 0, "class": 1, "instance": 2}
 """The ops' numbers for ``normalize``."""
 DEFAULT_EPS = {"none": CLASS_EPS, "class": CLASS_EPS, "instance": INSTANCE_EPS}
 
-_NUMBERS = (
-    "float temperature, float alpha, float beta, float kd_weight, float ce_weight, float label_smoothing, float eps"
-)
+_TENSORS = "Tensor student, Tensor teacher, Tensor? index, Tensor? row_beta, Tensor? stats, Tensor numbers"
+_SWITCHES = "int ignore_index, int normalize, bool decoupled, bool cross_entropy, bool through"
+_DYNAMIC = {  # schema, and where the numbers are
+    "fused": (f"({_TENSORS}, {_SWITCHES}, bool mean, bool grad) -> (Tensor loss, Tensor parts, Tensor grad)", 5),
+    "forward": (f"({_TENSORS}, {_SWITCHES}) -> (Tensor loss, Tensor parts)", 5),
+    "backward": (f"(Tensor grad_loss, {_TENSORS}, {_SWITCHES}, Tensor? sums, Tensor? count) -> Tensor", 6),
+}
 
 
 def available_backends() -> tuple[str, ...]:
@@ -106,8 +110,9 @@ def _pair_shape(student: Tensor, teacher: Tensor) -> tuple[int, int]:
 
 def _fake_col_stats(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(z.dim() == 2, lambda: "kdcore: logits must be [B, C]")
-    acc, classes = accumulator(z), z.shape[1]
-    return z.new_empty((), dtype=acc), z.new_empty(classes, dtype=acc), z.new_empty(classes, dtype=acc)
+    shapes: tuple[tuple[int, ...], ...] = ((), (z.shape[1],), (z.shape[1],))
+    count, mean, m2 = (z.new_empty(shape, dtype=torch.float64) for shape in shapes)
+    return count, mean, m2
 
 
 def _fake_fused(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,28 +200,26 @@ _RULES: dict[str, tuple[Callable[..., Any], ...]] = {  # fake, setup of the cont
 }
 
 
-def _register() -> Any:
+def _register() -> torch.library.Library:
     library = torch.library.Library("kdcore", "FRAGMENT")  # type: ignore[no-untyped-call]
-    for name in ("fused", "forward", "backward"):
+    for name in _DYNAMIC:
         _define_dynamic(library, name)
     for name, (fake, setup, derivative) in _RULES.items():
-        for full in (name, f"{name}_dynamic"):
-            if hasattr(torch.ops.kdcore, full):
-                torch.library.register_fake(f"kdcore::{full}", fake, lib=library)
-                torch.library.register_autograd(f"kdcore::{full}", derivative, setup_context=setup, lib=library)
+        for full in (name, f"{name}_dynamic") if name in _DYNAMIC else (name,):
+            torch.library.register_fake(f"kdcore::{full}", fake, lib=library)
+            torch.library.register_autograd(f"kdcore::{full}", derivative, setup_context=setup, lib=library)
     return library
 
 
-def _define_dynamic(library: Any, name: str) -> None:
+def _define_dynamic(library: torch.library.Library, name: str) -> None:
+    schema, at = _DYNAMIC[name]
     op = getattr(torch.ops.kdcore, name).default
-    before, after = str(op._schema).removeprefix(f"kdcore::{name}").split(_NUMBERS)
-    at = before.count("Tensor")  # the numbers' place: before them are tensors alone
 
     def same(*arguments: Any) -> Any:
         return op(*arguments[:at], *arguments[at].tolist(), *arguments[at + 1 :])
 
-    library.define(f"{name}_dynamic{before}Tensor numbers{after}")
-    library.impl(f"{name}_dynamic", same, "CompositeExplicitAutograd")
+    library.define(f"{name}_dynamic{schema}")  # type: ignore[no-untyped-call]
+    library.impl(f"{name}_dynamic", same, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 _AVAILABLE = (*(["cuda"] if cuda_ops() else []), *(["cpu"] if cpu_ops() else []), "reference")

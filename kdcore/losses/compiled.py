@@ -110,10 +110,10 @@ def _row_beta(student: Tensor, beta: Weight) -> Tensor | None:  # [B]
 
 def _statistics(
     student: Tensor, teacher: Tensor, index: Tensor | None, ignored: int, settings: Settings
-) -> Tensor | None:  # [4, C]
+) -> Tensor | None:  # [4, C], float64
     """Given ones; or those of the batch, where the op does not take them itself."""
     if not isinstance(settings.stats, str):
-        return torch.stack([part.detach().to(accumulator(student)) for part in settings.stats])
+        return torch.stack([part.detach().double() for part in settings.stats])
     if settings.normalize != "class" or settings.reduction != "none":
         return None
     stats = []

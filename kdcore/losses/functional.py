@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from . import _check, _fast, compiled, reference
+from . import Normalize, _check, _fast, compiled, reference
 from ._ops import Backend, choose_backend
-from .options import Normalize
 from .reference import Reduction, Result, Settings, Statistics, Target, Weight
 
 if TYPE_CHECKING:

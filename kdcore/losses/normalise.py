@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .options import Normalize
+from . import Normalize
 
 CLASS_EPS = 1e-5
 INSTANCE_EPS = 1e-7

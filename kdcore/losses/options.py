@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from ..options import Field, Options
-
-Normalize = Literal["none", "class", "instance"]
+from . import Normalize
 
 
 class CrossEntropyOptions(Options):

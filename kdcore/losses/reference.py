@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import Normalize
 from .normalise import accumulator, count, keep, normalise
-from .options import Normalize
 
 Reduction = Literal["none", "sum", "mean"]
 Weight = float | Tensor

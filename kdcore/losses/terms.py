@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..outputs import Outputs, Shapes
+from . import Normalize
 from .functional import KDSettings, cross_entropy, dkd_loss, kd_loss
-from .options import CrossEntropyOptions, DKDOptions, KDOptions, Normalize
+from .options import CrossEntropyOptions, DKDOptions, KDOptions
 
 
 class HasTarget(Protocol):
