@@ -41,6 +41,16 @@ def host() -> PluginHost:
     return load_plugins()
 
 
+@pytest.fixture(scope="module")
+def compiled_op() -> None:
+    """Skips a module where the compiled op is not there, or fails it where it must be (KDCORE_REQUIRE_EXT=1)."""
+    from kdcore.losses._extension import why_not
+
+    if problem := why_not("cpu"):
+        refuse = pytest.fail if os.environ.get("KDCORE_REQUIRE_EXT") == "1" else pytest.skip
+        refuse(f"the compiled op is not there: {problem}")
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Path]:
     """Writes a recipe that trains in a fraction of a second, and what is added to it."""

@@ -1,24 +1,18 @@
 """torch.compile takes the losses whole, and a schedule of numbers or batch sizes compiles nothing anew."""
 
 import itertools
-import os
 
 import pytest
 import torch
 
-from kdcore.losses import DKDLoss, KDLoss, available_backends, dkd_loss, kd_loss
-from kdcore.losses._extension import why_not
+from kdcore.losses import DKDLoss, KDLoss, dkd_loss, kd_loss
 
 CLASSES = 7
 LOSSES = {"kd": kd_loss, "dkd": dkd_loss}
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch.*", "ignore::UserWarning:torch.*")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_op():
-    if "cpu" not in available_backends():
-        refuse = pytest.fail if os.environ.get("KDCORE_REQUIRE_EXT") == "1" else pytest.skip
-        refuse(f"the compiled op is not there: {why_not('cpu')}")
+pytestmark = [
+    pytest.mark.usefixtures("compiled_op"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch.*", "ignore::UserWarning:torch.*"),
+]
 
 
 @pytest.fixture(autouse=True)

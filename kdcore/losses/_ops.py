@@ -47,7 +47,9 @@ def available_backends() -> tuple[str, ...]:
 
 
 def choose_backend(backend: str, device: str) -> str:
-    """Gives the back end's name, with "auto" resolved: the one of the tensors' device, if there is one.
+    """Gives the back end's name, with "auto" resolved: "cpu" for tensors there, if it is loaded, else "reference".
+
+    The CUDA kernels have not run on a GPU yet: they are taken where they are asked for by name.
 
     Raises:
         ValueError: no back end has that name.
@@ -56,7 +58,7 @@ def choose_backend(backend: str, device: str) -> str:
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} is unknown. Use one of {', '.join(get_args(Backend))}.")
     if backend == "auto":
-        return device if device in _AVAILABLE else "reference"
+        return "cpu" if device == "cpu" and "cpu" in _AVAILABLE else "reference"
     if backend not in _AVAILABLE:
         raise RuntimeError(
             f"backend={backend!r} needs the compiled op, which this installation of kdcore does not have: "

@@ -126,9 +126,8 @@ def kd_loss(
         return_parts: also gives the unweighted means over the rows that count, detached: {"kd", "ce"}. T^2 is in
             "kd"; "ce" is there when there is a target.
         teacher_grad: keeps the teacher's graph.
-        backend: "auto" is the compiled op of the tensors' device ("cpu" or "cuda", see :func:`available_backends`)
-            where it can do the call, and "reference", plain torch, elsewhere: on other devices, for a tensor as
-            temperature, for weights, ``stats`` or (with ``teacher_grad``) a teacher that require a gradient, for 0-d
+        backend: "auto" is the compiled op for CPU tensors (see :func:`available_backends`) where it can do the call,
+            and "reference", plain torch, elsewhere: on other devices, for a tensor as temperature, for weights, ``stats`` or (with ``teacher_grad``) a teacher that require a gradient, for 0-d
             tensors on a GPU or in torch.compile, for subclasses of Tensor, and in torch.func or forward-mode
             differentiation. "cpu" and "cuda" ask for the op, or an error that says why not.
 
