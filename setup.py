@@ -46,7 +46,8 @@ def prepare() -> None:
     """What torch.utils.cpp_extension reads from the environment, some of it when it is imported."""
     if home := find_cuda():
         os.environ["CUDA_HOME"] = home
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])  # ninja, in an environment that is not active
+    path, own = os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([path, own])  # ninja, in an environment that is not active
 
 
 prepare()

@@ -127,9 +127,10 @@ def kd_loss(
             "kd"; "ce" is there when there is a target.
         teacher_grad: keeps the teacher's graph.
         backend: "auto" is the compiled op for CPU tensors (see :func:`available_backends`) where it can do the call,
-            and "reference", plain torch, elsewhere: on other devices, for a tensor as temperature, for weights, ``stats`` or (with ``teacher_grad``) a teacher that require a gradient, for 0-d
-            tensors on a GPU or in torch.compile, for subclasses of Tensor, and in torch.func or forward-mode
-            differentiation. "cpu" and "cuda" ask for the op, or an error that says why not.
+            and "reference", plain torch, elsewhere: on other devices, for a tensor as temperature, for weights,
+            ``stats`` or (with ``teacher_grad``) a teacher that require a gradient, for 0-d tensors on a GPU or in
+            torch.compile, for subclasses of Tensor, and in torch.func or forward-mode differentiation. "cpu" and
+            "cuda" ask for the op, or an error that says why not.
 
     Raises:
         ValueError: a shape, value or combination does not fit, such as a batch of 1 with ``normalize="class"``, or the
