@@ -21,7 +21,7 @@ from typing import Any
 
 import losses_report as report
 import torch
-from competitors import Limits, Objective, Way, autograd_alone, contenders, ours, raw_call
+from competitors import Limits, Objective, Way, after, autograd_alone, contenders, ours, raw_call
 from torch import Tensor
 
 from kdcore.losses import available_backends
@@ -149,7 +149,8 @@ def subjects(case: Case, ways: dict[str, Way], data: Data, bench: Bench) -> list
     found = [Subject(name, step(way, data)) for name, way in ways.items()]
     found.append(Subject("ours again", step(ways["ours"], data)))  # shows the noise
     if bench.isa is not None:
-        found.append(Subject("raw", partial(raw_call(case.objective), data[0].detach(), *data[1:])))
+        raw = partial(raw_call(case.objective), data[0].detach(), *data[1:])
+        found += [Subject("raw", raw), Subject("raw, then autograd alone", after(raw, step(autograd_alone, data)))]
     return found + variants(case, data, bench) if case.goal else found
 
 

@@ -110,6 +110,14 @@ def autograd_alone(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return _Nothing.apply(student)
 
 
+def after(first: Callable[[], object], then: Callable[[], None]) -> Callable[[], None]:
+    def call() -> None:
+        first()
+        then()
+
+    return call
+
+
 # -- textbook
 
 

@@ -230,10 +230,11 @@ def variants_table(cases: list[Record]) -> str:
             *(number(ratio(r, n)) for n in names),
             number(r.get("overhead_us", {}).get("median", math.nan)),
             number(milliseconds(r, "autograd alone") * 1e3),
+            number(ratio(r, "raw, then autograd alone")),
         ]
         for r in cases
     ]
-    return table(("shape", *names, "ours - raw, us", "autograd alone, us"), rows)
+    return table(("shape", *names, "ours - raw, us", "autograd alone, us", "raw, then autograd alone"), rows)
 
 
 def roofline_table(cases: list[Record]) -> str:
