@@ -1,8 +1,9 @@
 """Builds the compiled loss op: ``kdcore._C`` (CPU) and, where nvcc is found, ``kdcore._C_cuda``.
 
-It is built against the torch that is installed, by LibTorch's stable ABI, and loads in every torch from 2.11 on. What
-cannot be built is left out, its reason kept in ``kdcore/_build.json`` for ``kdcore doctor``; the losses then run on the
-plain-torch reference. The rest of the package is described in pyproject.toml.
+It is built against the torch that is installed, by LibTorch's stable ABI, and loads in every torch from 2.11 on.
+``kdcore._C_autograd``, a shorter way from Python to the op, serves its own torch alone. What cannot be built is
+left out, its reason kept in ``kdcore/_build.json`` for ``kdcore doctor``; the losses then run on the plain-torch
+reference. The rest of the package is described in pyproject.toml.
 
 KDCORE_REQUIRE_EXT=1: whatever goes wrong is fatal. =0: nothing is, a missing torch neither.
 KDCORE_CUDA=0: no ``_C_cuda``. =1: it must be built.
@@ -89,6 +90,8 @@ def extensions() -> list[Extension]:
     }
     sources = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
     built = [CppExtension("kdcore._C", sources, extra_compile_args={"cxx": HOST + defines}, **shared)]
+    own = {"cxx": [flag for flag in HOST + QUIET if flag != "-fopenmp"]}  # torch's own C++, for this torch alone
+    built.append(CppExtension("kdcore._C_autograd", ["csrc/autograd/fused.cpp"], extra_compile_args=own))
     if cuda_problem() is None:
         if not torch.cuda.is_available():  # torch would ask the GPUs that are not there
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
@@ -174,7 +177,7 @@ class BuildOps(Base):  # type: ignore[misc, valid-type]
                 "Install torch first, then: pip install --no-build-isolation .\n"
                 "Or leave the op out, so that losses run in plain torch: KDCORE_REQUIRE_EXT=0 pip install ."
             )
-        self.missing = dict.fromkeys(("_C", "_C_cuda"), "torch was not importable when kdcore was built")
+        self.missing = dict.fromkeys(("_C", "_C_autograd", "_C_cuda"), "torch was not importable when kdcore was built")
         self.extensions = []
 
     def record(self) -> None:

@@ -218,7 +218,8 @@ def test_beta_of_each_row_and_given_and_detached_statistics_agree_with_float64()
 
 @both_losses
 @pytest.mark.parametrize("offset", [1e3, 1e4])
-def test_an_offset_of_each_class_costs_no_accuracy(loss, offset):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_offset_of_each_class_costs_no_accuracy(loss, offset, reduction):
     student, teacher, target = logits(96, 37, torch.float32)
     shift = offset * normal(37, seed=9).sign().float()
-    check(loss, student + shift, teacher - shift, target, normalize="class")
+    check(loss, student + shift, teacher - shift, target, normalize="class", reduction=reduction)

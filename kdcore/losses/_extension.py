@@ -38,9 +38,14 @@ def cuda_ops() -> bool:
     return _cuda().module is not None
 
 
+def autograd() -> ModuleType | None:
+    """The module that calls the op with its derivative from C++; it wants the torch that it was built with."""
+    return _autograd().module
+
+
 def why_not(name: str) -> str | None:
-    """Why the back end "cpu" or "cuda" is missing; None if it is not."""
-    return {"cpu": _cpu, "cuda": _cuda}[name]().problem
+    """Why the back end "cpu" or "cuda", or the short way "autograd", is missing; None if it is not."""
+    return {"cpu": _cpu, "cuda": _cuda, "autograd": _autograd}[name]().problem
 
 
 def build_info() -> dict[str, Any]:
@@ -49,6 +54,7 @@ def build_info() -> dict[str, Any]:
     if cpu is None:
         return {}
     info: dict[str, Any] = {**cpu.build_info(), "isa": cpu.cpu_isa(), "isas": cpu.available_isas()}
+    info["autograd"] = "C++" if autograd() else f"Python, slower for small batches: {why_not('autograd')}"
     if cuda is not None:
         info |= {"cuda": cuda.cuda_version, "architectures": cuda.architectures}
     return info
@@ -75,6 +81,17 @@ def _cuda() -> _Part:
     return _import("_C_cuda")
 
 
+@cache
+def _autograd() -> _Part:
+    import torch
+
+    if why := _cpu().problem:
+        return _Part(None, f"it needs the CPU one: {why}")
+    if _facts().get("torch") != torch.__version__:
+        return _Part(None, f"it was built with torch {_facts().get('torch')}, this is {torch.__version__}")
+    return _import("_C_autograd")
+
+
 def _import(name: str) -> _Part:
     full = f"{_PACKAGE}.{name}"
     try:
@@ -89,10 +106,16 @@ def _import(name: str) -> _Part:
 
 def _never_built(name: str) -> str:
     """What setup.py noted when it left the module out."""
-    try:
-        missing = json.loads(Path(__file__).parents[1].joinpath("_build.json").read_text(encoding="utf-8"))["missing"]
-    except (OSError, ValueError, KeyError):
-        missing = {}
+    missing = _facts().get("missing", {})
     if name in missing:
         return str(missing[name])
     return f"{name} was not built for {sys.implementation.cache_tag}; install kdcore again, with this Python"
+
+
+def _facts() -> dict[str, Any]:
+    """What setup.py left beside the modules: the torch that they were built with, and what is missing and why."""
+    try:
+        facts = json.loads(Path(__file__).parents[1].joinpath("_build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        facts = {}
+    return facts if isinstance(facts, dict) else {}

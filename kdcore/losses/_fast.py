@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, profiler
 
-from ._ops import DEFAULT_EPS, MODES, available_backends, named_parts, scaled_gradient
+from ._extension import autograd
+from ._ops import DEFAULT_EPS, MODES, NO_SECOND_DERIVATIVE, available_backends, named_parts, scaled_gradient
 from .reference import Result, Target, Weight
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -36,6 +37,7 @@ try:  # names that torch does not promise: without one of them every call goes t
     """Whether there is such a path."""
 except AttributeError:
     there_is = False
+_autograd = autograd()
 
 
 def usual_loss(
@@ -96,13 +98,16 @@ def takes(*tensors: Tensor | None) -> bool:
 
 def fused(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Loss and parts by ``kdcore::fused``, whose arguments these are, but the last."""
+    if _autograd is not None:
+        result: tuple[Tensor, Tensor] = _autograd.fused(NO_SECOND_DERIVATIVE, student, *arguments)
+        return result
     needs_grad = student.requires_grad and torch.is_grad_enabled()
     loss, parts, grad = _fused(_CPU, student, *arguments, needs_grad)
     return (_with_gradient(student, (loss, grad)) if needs_grad else loss), parts
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A loss whose gradient was computed with it."""
+    """A loss whose gradient was computed with it; csrc/autograd has its twin, for the torch that it was built with."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, known: tuple[Tensor, Tensor]) -> Tensor:
