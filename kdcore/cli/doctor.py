@@ -59,9 +59,8 @@ def _back_ends() -> Iterator[tuple[str, str]]:
     if why_not("cpu") is None:
         threads = "OpenMP" if info["openmp"] else "without OpenMP"
         built = f"{info['compiler']}, {threads}, torch {info['torch']}, for torch {info['oldest_torch']} or newer"
-        details["cpu"] = (
-            f"{info['isa']} (this machine has {', '.join(info['isas'])}); built by {built}; called from {info['autograd']}"
-        )
+        isas = f"{info['isa']} (this machine has {', '.join(info['isas'])})"
+        details["cpu"] = f"{isas}; built by {built}; called from {info['autograd']}"
     if why_not("cuda") is None:
         toolkit = f"{info['cuda'] // 1000}.{info['cuda'] % 1000 // 10}"
         device = "" if torch.cuda.is_available() else ", but there is no device"
