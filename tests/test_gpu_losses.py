@@ -166,6 +166,17 @@ def test_a_class_masked_on_one_side_is_a_finite_or_an_infinite_divergence(loss):
     assert run(loss, lacks[0], teacher, target, backend=BACKEND)[0] == torch.inf
 
 
+@pytest.mark.parametrize("student_too", [False, True])
+@pytest.mark.parametrize("only", ["the label", "all but the label"])
+def test_dkd_agrees_with_float64_where_a_side_has_only_the_label_or_all_but_it(only, student_too):
+    student, teacher, target = logits(13, 9, torch.float32)
+    label = torch.arange(9) == target[:, None]
+    gone = ~label if only == "the label" else label
+    teacher = teacher.masked_fill(gone, -torch.inf)
+    student = student.masked_fill(gone, -torch.inf) if student_too else student
+    check(dkd_loss, student, teacher, target)
+
+
 @every_dtype
 @every_mode
 def test_with_two_classes_nckd_and_its_gradient_are_exactly_zero(dtype, mode):
