@@ -21,7 +21,7 @@ from typing import Any
 
 import losses_report as report
 import torch
-from competitors import Limits, Objective, Way, after, autograd_alone, contenders, ours, raw_call
+from competitors import Limits, Objective, Way, autograd_alone, contenders, ours, raw_call
 from torch import Tensor
 
 from kdcore.losses import available_backends
@@ -149,15 +149,14 @@ def subjects(case: Case, ways: dict[str, Way], data: Data, bench: Bench) -> list
     found = [Subject(name, step(way, data)) for name, way in ways.items()]
     found.append(Subject("ours again", step(ways["ours"], data)))  # shows the noise
     if bench.isa is not None:
-        raw = partial(raw_call(case.objective), data[0].detach(), *data[1:])
-        found += [Subject("raw", raw), Subject("raw, then autograd alone", after(raw, step(autograd_alone, data)))]
+        found.append(Subject("raw", partial(raw_call(case.objective), data[0].detach(), *data[1:])))
     return found + variants(case, data, bench) if case.goal else found
 
 
 def variants(case: Case, data: Data, bench: Bench) -> list[Subject]:
     with_ce = ours(replace(case.objective, cross_entropy=True), bench.backend)
     half = inputs(replace(case, dtype="bfloat16"), bench.device)
-    found = [Subject("ours + CE", step(with_ce, data)), Subject("autograd alone", step(autograd_alone, data))]
+    found = [Subject("ours + CE", step(with_ce, data)), Subject("autograd alone", autograd_alone())]
     found.append(Subject("ours bfloat16", step(ours(case.objective, bench.backend), half)))
     for isa in bench.lower_isas:
         found.append(Subject(f"ours {isa}", step(ours(case.objective, bench.backend), data), isa))
