@@ -90,7 +90,8 @@ def extensions() -> list[Extension]:
     }
     sources = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
     built = [CppExtension("kdcore._C", sources, extra_compile_args={"cxx": HOST + defines}, **shared)]
-    own = {"cxx": [flag for flag in HOST + QUIET if flag != "-fopenmp"]}  # torch's own C++, for this torch alone
+    # torch's own C++, for this torch alone: another one compiles it anew
+    own = {"cxx": [*(flag for flag in HOST + QUIET if flag != "-fopenmp"), f'-DKDCORE_TORCH="{torch.__version__}"']}
     built.append(CppExtension("kdcore._C_autograd", ["csrc/autograd/fused.cpp"], extra_compile_args=own))
     if cuda_problem() is None:
         if not torch.cuda.is_available():  # torch would ask the GPUs that are not there

@@ -1,7 +1,10 @@
 """The fast path around the compiled op, its gradients, and the calls that are not for it."""
 
 import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as fwd
@@ -12,6 +15,7 @@ from op_samples import (
     every_mode,
     sample,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -21,14 +25,16 @@ from kdcore.losses._extension import why_not
 pytestmark = pytest.mark.usefixtures("compiled_op")
 
 
-@pytest.fixture(params=["C++", "Python"], autouse=True)
-def twin(request, monkeypatch):
-    """The autograd function around the op, in both languages."""
-    if request.param == "Python":
+@pytest.fixture(params=["fast", "registered"], autouse=True)
+def way(request, monkeypatch):
+    if request.param == "registered":
         monkeypatch.setattr(_fast, "_autograd", None)
-    elif _fast._autograd is None:
-        pytest.skip(f"no function in C++: {why_not('autograd')}")
-    return request.param
+    elif not _fast.there_is():
+        assert os.environ.get("KDCORE_REQUIRE_EXT") != "1", why_not("autograd")
+        pytest.skip(f"no fast path: {why_not('autograd')}")
+
+
+fast_alone = pytest.mark.parametrize("way", ["fast"], indirect=True)
 
 
 # the fast path
@@ -39,7 +45,7 @@ def gradient(value, student, **settings):
 
 
 def fast(value):
-    return value.grad_fn.name() in ("KdcoreLoss", "_KnownGradientBackward")
+    return value.grad_fn.name() == "KdcoreLoss"
 
 
 USUAL = [
@@ -48,6 +54,7 @@ USUAL = [
 ] + [{"normalize": "class", "stats": "detached"}, {"temperature": 2, "kd_weight": 3, "label_smoothing": 0.1}]
 
 
+@fast_alone
 @both_losses
 @every_dtype
 @pytest.mark.parametrize("settings", USUAL, ids=str)
@@ -55,16 +62,18 @@ def test_the_fast_path_is_the_registered_op_bit_for_bit(loss, dtype, settings, m
     student, teacher, index = sample(9, 7, dtype)
     student.requires_grad_()
     found = []
-    for there_is in (True, False):
-        monkeypatch.setattr(_fast, "there_is", there_is)
+    for expected in (True, False):
+        if not expected:
+            monkeypatch.setattr(_fast, "_autograd", None)
         value, parts = loss(student, teacher, index, **settings, return_parts=True)
-        assert fast(value) == there_is
+        assert fast(value) == expected
         grads = [gradient(factor * value, student, retain_graph=True) for factor in (1, 3)]
         assert all(grad.dtype == dtype for grad in grads)
         found.append((value, parts, grads, loss(student, teacher, index, **settings)))
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@fast_alone
 @both_losses
 @pytest.mark.parametrize("settings", USUAL, ids=str)
 def test_usual_calls_are_not_looked_at_twice(loss, settings, monkeypatch):
@@ -75,13 +84,63 @@ def test_usual_calls_are_not_looked_at_twice(loss, settings, monkeypatch):
             loss(leaf, teacher, index, **settings, return_parts=parts)
 
 
-def test_a_leaf_takes_over_the_gradient_that_the_op_wrote(monkeypatch):
-    monkeypatch.setattr(_fast, "_autograd", None)  # the function in C++ does not show what it saved
+@fast_alone
+def test_a_leaf_takes_over_the_gradient_that_the_op_wrote():
     student, teacher, index = sample()
     value = dkd_loss(student.requires_grad_(), teacher, index)
-    written = value.grad_fn.saved_tensors[0].data_ptr()
+    seen = []
+    value.grad_fn.register_hook(lambda grads, _: seen.append(grads[0].data_ptr()))
     value.backward()
-    assert student.grad.data_ptr() == written
+    assert seen == [student.grad.data_ptr()]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_loss_may_be_changed_in_place(reduction):
+    student, teacher, index = sample()
+    student.requires_grad_()
+    value = dkd_loss(student, teacher, index, reduction=reduction).clone()
+    expected = gradient(value / 4 + 1, student)
+    value = dkd_loss(student, teacher, index, reduction=reduction)
+    value /= 4
+    value += 1
+    assert torch.equal(gradient(value, student), expected)
+
+
+def test_a_lazy_gradient_is_read_as_it_means():
+    student, teacher, index = sample()
+    value = dkd_loss(student.requires_grad_(), teacher, index)
+    plain = gradient(value, student, retain_graph=True)
+    for lazy in (torch._neg_view(torch.ones(())), torch.zeros((), dtype=torch.cfloat).sub(1j).conj().imag):
+        (grad,) = torch.autograd.grad(value, student, lazy, retain_graph=True)
+        assert torch.equal(grad, plain * lazy)
+    (grad,) = torch.autograd.grad(value, student, torch._efficientzerotensor(()))
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_numbers_of_numpy_are_numbers():
+    student, teacher, index = sample()
+    for number in (0, 0.5):
+        expected = kd_loss(student, teacher, index, ce_weight=number)
+        for kind in (np.float32, np.float64):
+            assert torch.equal(kd_loss(student, teacher, index, ce_weight=kind(number)), expected)
+    index = index.clamp(min=0)
+    expected = kd_loss(student, teacher, index, ignore_index=1, ce_weight=0.5)
+    assert torch.equal(kd_loss(student, teacher, index, ignore_index=np.int64(1), ce_weight=0.5), expected)
+
+
+def test_two_threads_cannot_both_use_up_a_graph():
+    student, teacher, index = sample()
+    student.requires_grad_()
+    for _ in range(50):
+        value = dkd_loss(student, teacher, index)
+        with ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(gradient, value, student) for _ in range(2)]
+        errors = [str(done.exception()) for done in found if done.exception()]
+        assert len(errors) <= 1
+        assert all("second time" in error for error in errors)
+        if not errors:
+            first, second = (done.result() for done in found)
+            assert first.data_ptr() != second.data_ptr()
 
 
 def test_a_graph_that_is_kept_gives_its_gradient_again_and_one_that_is_not_says_so():
@@ -117,16 +176,16 @@ def test_where_no_gradient_is_wanted_there_is_no_graph(loss, reduction):
     with torch.inference_mode():
         inferred = loss(student, teacher, index, reduction=reduction)
         rows = teacher.clone()
-    for value in (plain, quiet, inferred):
+        with torch.enable_grad():
+            inferred_too = loss(student, teacher, index, reduction=reduction)
+    for value in (plain, quiet, inferred, inferred_too):
         assert not value.requires_grad
         assert torch.equal(value, loss(student, teacher, index, reduction=reduction))
     loss(student, rows, index, reduction=reduction).sum().backward()  # a teacher computed in inference mode
 
 
-@pytest.mark.parametrize("there_is", [True, False], ids=["fast", "registered"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_second_derivative_is_an_error_only_where_it_is_asked_for(there_is, reduction, monkeypatch):
-    monkeypatch.setattr(_fast, "there_is", there_is)
+def test_a_second_derivative_is_an_error_only_where_it_is_asked_for(reduction):
     student, teacher, index = sample()
     student.requires_grad_()
     factor = torch.tensor(2.0, requires_grad=True)
@@ -173,15 +232,37 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_mode_and_a_profiler_see_the_op():
+class WatchFunctions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_modes_and_a_profiler_see_the_op():
     student, teacher, index = sample()
     expected = dkd_loss(student.requires_grad_(), teacher, index)
     with Watch() as watch:
         assert dkd_loss(student, teacher, index) == expected
     assert "kdcore.fused.default" in watch.seen
+    with WatchFunctions() as functions:
+        assert dkd_loss(student, teacher, index) == expected
+    assert "kdcore.fused" in functions.seen
     with torch.autograd.profiler.profile() as profile:
         assert dkd_loss(student, teacher, index) == expected
     assert "kdcore::fused" in {event.name for event in profile.function_events}
+
+
+def test_what_is_not_dense_is_not_read_as_if_it_were():
+    student, teacher, index = sample()
+    zeros = torch._efficientzerotensor(student.shape)
+    assert torch.equal(kd_loss(student, zeros, index), kd_loss(student, torch.zeros_like(student), index))
+    for other in (student.to_sparse(), student.to_mkldnn()):
+        with pytest.raises((RuntimeError, NotImplementedError, ValueError)):
+            kd_loss(other, teacher)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
@@ -267,3 +348,12 @@ def test_gradients_of_a_graph_that_is_kept_share_no_memory():
     first.mul_(2)
     assert torch.equal(second, kept)
     assert torch.equal(gradient(value, student), kept)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_autograd_takes_the_gradient():
+    student, teacher, index = sample()
+    student.requires_grad_()
+    with torch._dynamo.compiled_autograd._enable(lambda graph: graph):
+        dkd_loss(student, teacher, index).backward()
+    assert torch.equal(student.grad, gradient(dkd_loss(student, teacher, index), student))

@@ -54,7 +54,7 @@ def build_info() -> dict[str, Any]:
     if cpu is None:
         return {}
     info: dict[str, Any] = {**cpu.build_info(), "isa": cpu.cpu_isa(), "isas": cpu.available_isas()}
-    info["autograd"] = "C++" if autograd() else f"Python, slower for small batches: {why_not('autograd')}"
+    info["autograd"] = "C++" if autograd() else f"the dispatcher, slower for small batches: {why_not('autograd')}"
     if cuda is not None:
         info |= {"cuda": cuda.cuda_version, "architectures": cuda.architectures}
     return info
@@ -87,7 +87,7 @@ def _autograd() -> _Part:
 
     if why := _cpu().problem:
         return _Part(None, f"it needs the CPU one: {why}")
-    if _facts().get("torch") != torch.__version__:
+    if _facts().get("torch") != torch.__version__:  # loading it might end the process
         return _Part(None, f"it was built with torch {_facts().get('torch')}, this is {torch.__version__}")
     return _import("_C_autograd")
 

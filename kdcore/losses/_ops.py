@@ -80,25 +80,15 @@ def named_parts(parts: Tensor, decoupled: bool, with_ce: bool) -> dict[str, Tens
 
 
 class Once(torch.autograd.Function):
-    """A gradient as it is; whoever differentiates it with respect to ``tie`` is told that this is not possible."""
+    """A gradient as it is; whoever differentiates it with respect to ``student`` is told that this is not possible."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, tie: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, student: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(NO_SECOND_DERIVATIVE)
-
-
-def scaled_gradient(grad: Tensor, grad_loss: Tensor, loss: Tensor) -> Tensor:
-    """The gradient of a loss that leads to ``grad_loss``.
-
-    ``loss`` is that loss, with its graph: under ``create_graph`` the result depends on whatever the loss does.
-    """
-    if torch.is_grad_enabled():
-        grad = Once.apply(grad, loss)
-    return grad * grad_loss
 
 
 # What the ops return
@@ -156,12 +146,14 @@ def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
         ctx.mark_non_differentiable(loss, parts, grad)
         return
     ctx.mark_non_differentiable(parts, grad)
-    ctx.save_for_backward(grad, loss)
+    ctx.save_for_backward(grad, inputs[0])
 
 
 def _backward_fused(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    grad, loss = ctx.saved_tensors
-    return scaled_gradient(grad, grad_loss, loss), *[None] * (ctx.arguments - 1)
+    grad, student = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the result depends on the student, but how is not known
+        grad = Once.apply(grad, student)
+    return grad * grad_loss, *[None] * (ctx.arguments - 1)
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -18,6 +18,7 @@ from .normalise import accumulator
 from .reference import Labels, Result, Settings, Target, Weight
 
 _NO_LABEL = -100  # where no label is to be ignored
+_is_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def obstacle(
@@ -35,9 +36,9 @@ def obstacle(
     compiling = torch.compiler.is_compiling()
     if student.device.type != backend:
         return f"student is on {student.device}. Pass tensors on {backend}"
-    if not compiling and any(type(z) not in _fast.PLAIN for z in (student, teacher)):
+    if not compiling and any(type(z) not in (Tensor, torch.nn.Parameter) for z in (student, teacher)):
         return "student or teacher is of a subclass of Tensor. Pass plain tensors"
-    if _fast.is_transformed() or forward_ad._current_level >= 0:
+    if _is_transformed() or forward_ad._current_level >= 0:
         return "a transform of torch.func, or forward-mode differentiation, is active. Call it outside"
     if isinstance(settings.temperature, Tensor):
         return "temperature is a tensor. Pass a number"
@@ -148,8 +149,8 @@ def _count(student: Tensor, index: Tensor | None, ignored: int) -> Tensor | int:
 
 
 def _fused(tensors: tuple[Any, ...], numbers: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_compiling() and _fast.takes(*tensors):
-        return _fast.fused(*tensors, *numbers, *rest)
+    if not torch.compiler.is_compiling() and (found := _fast.fused(*tensors, *numbers, *rest)):
+        return found
     needs_grad = tensors[0].requires_grad and torch.is_grad_enabled()
     value, parts, _ = _call("fused", tensors, numbers, (*rest, needs_grad))
     return value, parts

@@ -260,7 +260,7 @@ def _loss(
     backend: Backend,
 ) -> Result:
     if (
-        _fast.there_is
+        _fast.there_is()
         and backend in _ON_CPU
         and not (teacher_grad or group is not None or torch.compiler.is_compiling())
     ):
