@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ ROUNDS_MOST = 400
 TOLERANCES = {"float32": (1e-4, 1e-4), "bfloat16": (1e-4, 1e-2), "textbook bfloat16": (0.2, 0.1)}
 
 Data = tuple[Tensor, Tensor, Tensor]
+Rounds = list[dict[str, float]]  # seconds by subject
 
 
 @dataclass(frozen=True)
@@ -253,13 +255,12 @@ def one_round(who: list[Subject], counts: dict[str, int], bench: Bench) -> dict[
     return times
 
 
-def block(who: list[Subject], counts: dict[str, int], bench: Bench) -> tuple[list[dict[str, float]], float]:
-    """Rounds, each beginning with another subject, and the share of the CPU time that other processes took."""
-    rounds: list[dict[str, float]] = []
+def block(who: list[Subject], counts: dict[str, int], bench: Bench, order: random.Random) -> tuple[Rounds, float]:
+    """Rounds, each in another order, and the share of the CPU time that other processes took."""
+    rounds: Rounds = []
     start, busy, own = time.monotonic(), busy_seconds(), own_seconds()
     while not rounds or time.monotonic() - start < BLOCK_SECONDS:
-        first = len(rounds) % len(who)
-        rounds.append(one_round(who[first:] + who[:first], counts, bench))
+        rounds.append(one_round(order.sample(who, len(who)), counts, bench))
     foreign = (busy_seconds() - busy) - (own_seconds() - own)
     return rounds, foreign / (time.monotonic() - start) / bench.threads
 
@@ -278,12 +279,13 @@ def own_seconds() -> float:
 
 def measure(who: list[Subject], bench: Bench, seconds: float, least: int) -> dict[str, Any]:
     counts = {subject.name: calls_per_sample(subject, bench) for subject in who}
-    kept: list[dict[str, float]] = []
+    kept: Rounds = []
+    order = random.Random(0)  # who comes after whom decides what is left in the caches
     spent = wasted = 0.0
     dropped = disturbed = 0
     while len(kept) < least or (spent < seconds and len(kept) < ROUNDS_MOST):
         start = time.monotonic()
-        rounds, foreign = block(who, counts, bench)
+        rounds, foreign = block(who, counts, bench, order)
         took = time.monotonic() - start
         if foreign > FOREIGN_SHARE and wasted < seconds:  # repeating ends after as much time again
             wasted, dropped = wasted + took, dropped + len(rounds)

@@ -80,16 +80,23 @@ def ours(objective: Objective, backend: str) -> Way:
 
 
 def raw_call(objective: Objective) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """The op itself: loss, parts and gradient in one call, nothing of autograd."""
-    op = torch.ops.kdcore.fused.default
+    """The op itself: loss, parts and gradient in one call, straight to the kernel of the tensors' device."""
+    op = torch.ops.kdcore.fused.default._handle.redispatch_boxed
     eps = {"none": CLASS_EPS, "class": CLASS_EPS, "instance": INSTANCE_EPS}[objective.normalize]
     mode = ("none", "class", "instance").index(objective.normalize)
     weights = (objective.temperature, objective.alpha, objective.beta, 1.0, float(objective.cross_entropy), 0.0, eps)
     switches = (-100, mode, objective.decoupled, objective.cross_entropy, True, True, True)  # from ignore_index to grad
     labelled = objective.decoupled or objective.cross_entropy
+    keys = {
+        device: torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper())) for device in ("cpu", "cuda")
+    }
 
     def call(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return op(student, teacher, labels if labelled else None, None, None, *weights, *switches)
+        key = keys[student.device.type]
+        found: tuple[Tensor, Tensor, Tensor] = op(
+            key, student, teacher, labels if labelled else None, None, None, *weights, *switches
+        )
+        return found
 
     return call
 

@@ -167,6 +167,18 @@ def test_a_teacher_below_the_control_is_a_loud_warning(tmp_path):
     assert any("not above the label-only control" in text for text in result["warnings"])
 
 
+def test_class_normalised_losses_alone_are_a_loud_warning(tmp_path):
+    def warned(*losses):
+        objective = [{"loss": name, **options} for name, options in losses]
+        warnings = make_run(tmp_path, recipe={**RECIPE, "objective": objective}).execute()["warnings"]
+        return any("leaves the scale and offset of every class open" in text for text in warnings)
+
+    by_class = ("kd", {"normalize": "class"})
+    assert warned(by_class)
+    assert not warned(by_class, ("cross_entropy", {}))
+    assert not warned(by_class, ("kd", {}))
+
+
 def test_result_json_holds_what_it_promises(tmp_path):
     run = make_run(tmp_path, recipe={**RECIPE, "controller": [{"name": "dskd"}]})
     run.execute()

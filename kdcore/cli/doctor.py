@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,7 +20,7 @@ from ..plugins import PluginHost
 def examine(host: PluginHost) -> None:
     """Prints one line a fact."""
     table = Table(show_header=False)
-    table.add_row("kdcore", __version__)
+    table.add_row("kdcore", f"{__version__} in {Path(__file__).parents[1]}")
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     for name in ("torch", "torchvision", "pluggy", "pydantic", "safetensors"):
         table.add_row(name, _version(name))
@@ -64,7 +65,9 @@ def _back_ends() -> Iterator[tuple[str, str]]:
     if why_not("cuda") is None:
         toolkit = f"{info['cuda'] // 1000}.{info['cuda'] % 1000 // 10}"
         device = "" if torch.cuda.is_available() else ", but there is no device"
-        details["cuda"] = f"built by CUDA {toolkit} for {info['architectures']}{device}"
+        details["cuda"] = f'built by CUDA {toolkit} for {info["architectures"]}{device}; only backend="cuda" takes it'
     for name in ("cpu", "cuda"):
         yield f"loss on {name}", f"live: {details[name]}" if name in details else f"missing: {why_not(name)}"
+    if "cpu" not in details:
+        yield "to build it", "install kdcore again: make clean install, or pip install --no-build-isolation ."
     yield "loss reference", "live: plain torch, for whatever is missing"

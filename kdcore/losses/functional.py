@@ -112,7 +112,8 @@ def kd_loss(
         temperature: T > 0; a 0-d tensor is learned: it gets a gradient.
         normalize: "none"; "class": each class to zero mean and unit biased variance over the batch; "instance": each
             row to zero mean and unit unbiased standard deviation over the classes. Applied to both sides, before T;
-            cross-entropy sees the raw logits.
+            cross-entropy sees the raw logits. "class" leaves every class's scale and offset open, so give it
+            ``ce_weight``, or another loss that decides which class is predicted.
         eps: added to the variance (class, default 1e-5) or to the deviation (instance, default 1e-7).
         kd_weight: a number or 0-d tensor. It has no common scale across ``normalize``: see docs/losses.md.
         ce_weight: a number or 0-d tensor; anything but the number 0 needs ``target``.

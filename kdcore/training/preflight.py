@@ -1,4 +1,4 @@
-"""Checks before the first step: is there anything to learn from the teacher?"""
+"""Checks before the first step: is there anything to learn from the teacher, and do the losses say all of it?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONTROL = "control"
 
 
 def preflight(session: Session, inputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Warnings about every frozen member that another one learns from.
+    """Warnings about every frozen member that another one learns from, and about losses that leave classes untied.
 
     A teacher within two standard errors of the share of the largest class knows nothing; one that is not above the
     control, the student's architecture trained on labels alone, has nothing to teach.
@@ -25,7 +25,18 @@ def preflight(session: Session, inputs: Mapping[str, Mapping[str, Any]]) -> list
     control = session.stage.uses.get(CONTROL)
     floor = None if control is None else inputs[str(control.stage)]["members"][control.member]["monitor_accuracy"]
     judged = [_judge(session, teacher, inputs, floor) for teacher in frozen if classifies(teacher.module)]
-    return [text for texts in judged for text in texts]
+    untied = [_untied(learner) for learner in session.learners.values()]
+    return [text for texts in (*judged, *untied) for text in texts]
+
+
+def _untied(learner: Learner) -> list[str]:
+    """Class-normalised losses do not see what a class's logits are scaled by, or moved: the prediction is left open."""
+    if not learner.terms or any(getattr(term.module, "normalize", None) != "class" for term in learner.terms):
+        return []
+    return [
+        f'{learner.name} {learner.spec.model} learns by normalize="class" alone, which leaves the scale and offset of '
+        "every class open and with them the prediction: add cross_entropy, or another loss on the logits as they are"
+    ]
 
 
 def _judge(session: Session, teacher: Learner, inputs: Mapping[str, Any], control: float | None) -> list[str]:
