@@ -87,9 +87,8 @@ def raw_call(objective: Objective) -> Callable[[Tensor, Tensor, Tensor], tuple[T
     weights = (objective.temperature, objective.alpha, objective.beta, 1.0, float(objective.cross_entropy), 0.0, eps)
     switches = (-100, mode, objective.decoupled, objective.cross_entropy, True, True, True)  # from ignore_index to grad
     labelled = objective.decoupled or objective.cross_entropy
-    keys = {
-        device: torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper())) for device in ("cpu", "cuda")
-    }
+    devices = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
+    keys = {device: torch._C.DispatchKeySet(key) for device, key in devices.items()}
 
     def call(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         key = keys[student.device.type]

@@ -359,7 +359,7 @@ def progress(found: Record, seconds: float) -> str:
 
 
 def write(args: argparse.Namespace, about: dict[str, Any], records: list[Record]) -> None:
-    """Only a whole run of the compiled op is judged, and goes to results/ unasked: a part of one must not replace it."""
+    """Only a whole run is judged and, of the compiled op, goes to results/ unasked: a part must not replace it."""
     about["goals"] = goals(records, about["isa"]) if args.whole else []
     text = tables(about, records)
     print("\n" + text)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kdcore.errors import EXIT_CODES
 from kdcore.plugins import load_plugins
@@ -24,6 +25,9 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
 
 
+LOOP, PLUGIN = blocks("python")
+
+
 def commands(text: str) -> list[str]:
     lines = "".join(blocks("sh", text)).splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
@@ -34,7 +38,7 @@ def folder(tmp_path_factory):
     """A user's working directory: the examples and the README's plugin."""
     folder = tmp_path_factory.mktemp("user")
     shutil.copytree(ROOT / "examples", folder / "examples")
-    (folder / "born_again.py").write_text(blocks("python")[0])
+    (folder / "born_again.py").write_text(PLUGIN)
     return folder
 
 
@@ -64,7 +68,16 @@ def test_the_printed_recipe_is_the_demos(tmp_path):
 
 
 def test_the_plugin_is_about_30_lines():
-    assert len(blocks("python")[0].splitlines()) <= 30
+    assert len(PLUGIN.splitlines()) <= 30
+
+
+def test_the_losses_work_as_printed():
+    student, images = torch.nn.Linear(4, 3), torch.randn(8, 4)
+    labels = torch.arange(8) % 3
+    exec(
+        LOOP, {"torch": torch, "student": student, "teacher": torch.nn.Linear(4, 3), "images": images, "labels": labels}
+    )
+    assert student.weight.grad is not None
 
 
 def test_the_exit_codes_are_those_of_the_code():
