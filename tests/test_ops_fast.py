@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kdcore.losses import _fast, compiled, dkd_loss, kd_loss
+from kdcore.losses import compiled, dkd_loss, functional, kd_loss
 from kdcore.losses._extension import why_not
 
 pytestmark = pytest.mark.usefixtures("compiled_op")
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("compiled_op")
 @pytest.fixture(params=["fast", "registered"], autouse=True)
 def way(request, monkeypatch):
     if request.param == "registered":
-        monkeypatch.setattr(_fast, "_autograd", None)
-    elif not _fast.there_is():
+        monkeypatch.setattr(functional, "_eager", None)
+    elif functional._eager is None:
         assert os.environ.get("KDCORE_REQUIRE_EXT") != "1", why_not("autograd")
         pytest.skip(f"no fast path: {why_not('autograd')}")
 
@@ -64,9 +64,9 @@ def test_the_fast_path_is_the_registered_op_bit_for_bit(loss, dtype, settings, m
     found = []
     for expected in (True, False):
         if not expected:
-            monkeypatch.setattr(_fast, "_autograd", None)
+            monkeypatch.setattr(functional, "_eager", None)
         value, parts = loss(student, teacher, index, **settings, return_parts=True)
-        assert fast(value) == expected
+        assert fast(value) == (expected and dtype != torch.float16)  # whose gradient is kept in float32
         grads = [gradient(factor * value, student, retain_graph=True) for factor in (1, 3)]
         assert all(grad.dtype == dtype for grad in grads)
         found.append((value, parts, grads, loss(student, teacher, index, **settings)))

@@ -1,7 +1,9 @@
-// The module kdcore._C_autograd: kdcore::fused with its derivative, called from Python without the dispatcher's layers.
+// The module kdcore._C_autograd: the usual calls of kd_loss and dkd_loss, from their Python arguments to kdcore::fused
+// and its derivative, without the dispatcher's layers.
 //
-// A small batch's loss takes less time than those layers do. It speaks torch's own C++, not the stable ABI, so it
-// serves the torch that it was built with alone; with any other the registered op does the same, slower.
+// A small batch's loss takes less time than those layers, or than looking at its arguments in Python. It speaks torch's
+// own C++, not the stable ABI, so it serves the torch that it was built with alone; with any other the registered op
+// does the same, slower.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -17,6 +19,9 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include <cmath>
+#include <initializer_list>
 
 namespace {
 
@@ -103,52 +108,141 @@ at::Tensor with_gradient(const at::Tensor& student, at::Tensor loss, const at::T
   return loss;
 }
 
+constexpr double kClassEps = 1e-5, kInstanceEps = 1e-7;  // the defaults of losses/normalise.py
+
 struct WithoutGil {
   PyThreadState* const state = PyEval_SaveThread();
   ~WithoutGil() { PyEval_RestoreThread(state); }
 };
 
-// fused(second, student, teacher, index, row_beta, stats, *numbers, ignore_index, normalize, *switches): the arguments
-// of kdcore::fused but the last. Gives (loss, parts); None where the call is not for this way.
-PyObject* fused(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+// What kd_loss or dkd_loss was called with, as the op wants it.
+struct Call {
+  at::Tensor student, teacher, index;
+  double temperature, alpha, beta, kd_weight, ce_weight, label_smoothing;
+  int64_t ignore_index, normalize;
+  bool decoupled, cross_entropy, through, mean, parts;
+};
+
+bool is_word(PyObject* value, const char* word) {
+  return PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, word) == 0;
+}
+
+bool read_number(PyObject* value, double* number) {
+  if (!PyFloat_Check(value) && !PyLong_Check(value)) return false;
+  *number = PyFloat_AsDouble(value);
+  return std::isfinite(*number);
+}
+
+bool read_integer(PyObject* value, int64_t* number) {
+  if (!PyLong_Check(value)) return false;
+  *number = PyLong_AsLongLong(value);
+  return true;
+}
+
+bool read_tensor(PyObject* value, at::Tensor* tensor) {
+  if (!THPVariable_CheckExact(value) || !is_plain(THPVariable_Unpack(value))) return false;
+  *tensor = THPVariable_Unpack(value);
+  return true;
+}
+
+// The place of a word in a list, or -1.
+int64_t read_word(PyObject* value, std::initializer_list<const char*> words) {
+  int64_t at = 0;
+  for (const char* word : words) {
+    if (is_word(value, word)) return at;
+    ++at;
+  }
+  return -1;
+}
+
+// Settings in the order of the Python class of that name. False for whatever is not usual; the op looks at the rest.
+bool read_settings(PyObject* settings, Call* call) {
+  constexpr Py_ssize_t kSettings = 10;
+  if (!PyTuple_Check(settings) || PyTuple_GET_SIZE(settings) != kSettings) return false;
+  auto at = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(settings, i); };
+  const int64_t stats = read_word(at(7), {"batch", "detached"}), reduction = read_word(at(8), {"mean", "sum"});
+  call->normalize = read_word(at(1), {"none", "class", "instance"});
+  call->through = stats == 0;
+  call->mean = reduction == 0;
+  call->parts = at(9) == Py_True;
+  return call->normalize >= 0 && (stats == 0 || (stats == 1 && call->normalize == 1)) && reduction >= 0 &&
+         at(2) == Py_None && PyBool_Check(at(9)) && read_number(at(0), &call->temperature) && call->temperature > 0 &&
+         read_number(at(3), &call->kd_weight) && read_number(at(4), &call->ce_weight) &&
+         read_number(at(5), &call->label_smoothing) && call->label_smoothing >= 0 && call->label_smoothing <= 1 &&
+         read_integer(at(6), &call->ignore_index);
+}
+
+bool read_call(PyObject* const* arguments, Call* call) {
+  call->decoupled = arguments[0] == Py_True;
+  if (!read_tensor(arguments[1], &call->student) || !read_tensor(arguments[2], &call->teacher)) return false;
+  if (!read_settings(arguments[4], call)) return false;
+  if (!read_number(arguments[5], &call->alpha) || !read_number(arguments[6], &call->beta)) return false;
+  if (arguments[3] == Py_None) {
+    if (call->decoupled || call->ce_weight != 0) return false;
+  } else if (!read_tensor(arguments[3], &call->index) || call->index.dim() != 1) {
+    return false;
+  }
+  call->cross_entropy = call->index.defined() && (call->parts || call->ce_weight != 0);
+  const bool alone = call->normalize == 1 && call->student.dim() == 2 && call->student.size(0) == 1;
+  return !alone && call->student.scalar_type() != at::kHalf;  // see losses/compiled.py
+}
+
+torch::jit::Stack stack_of(const Call& call, bool needs_grad) {
+  const c10::IValue none;
+  return {call.student,
+          call.teacher,
+          call.index.defined() ? c10::IValue(call.index) : none,
+          none,
+          none,
+          call.temperature,
+          call.alpha,
+          call.beta,
+          call.kd_weight,
+          call.ce_weight,
+          call.label_smoothing,
+          call.normalize == 2 ? kInstanceEps : kClassEps,
+          call.ignore_index,
+          call.normalize,
+          call.decoupled,
+          call.cross_entropy,
+          call.through,
+          call.mean,
+          needs_grad};
+}
+
+// loss(decoupled, student, teacher, target, settings, alpha, beta, backend, second) -> the loss; with its parts where
+// they are wanted; None where the call is for another way: it is not usual, somebody watches, or the op refuses it.
+PyObject* loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  constexpr int kTensorsTo = 6, kNumbersTo = 13, kIntegersTo = 15, kAll = 19;
-  TORCH_CHECK_TYPE(count == kAll, "fused takes ", kAll, " arguments");
+  constexpr int kAll = 9;
+  TORCH_CHECK_TYPE(count == kAll, "loss takes ", kAll, " arguments");
   static const c10::OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow("kdcore::fused", "");
-  if (is_watched()) Py_RETURN_NONE;
-  const char* const second = PyUnicode_AsUTF8(arguments[0]);
-  torch::jit::Stack stack;
-  stack.reserve(kAll);
-  for (int i = 1; i < kTensorsTo; ++i) {
-    if (arguments[i] == Py_None) {
-      stack.emplace_back();
-      continue;
-    }
-    if (!THPVariable_CheckExact(arguments[i]) || !is_plain(THPVariable_Unpack(arguments[i]))) Py_RETURN_NONE;
-    stack.emplace_back(THPVariable_Unpack(arguments[i]));
+  Call call;
+  const bool usual = !is_watched() && read_word(arguments[7], {"auto", "cpu"}) >= 0 && read_call(arguments, &call);
+  if (PyErr_Occurred()) {  // a number that is too large
+    PyErr_Clear();
+    Py_RETURN_NONE;
   }
-  for (int i = kTensorsTo; i < kNumbersTo; ++i) stack.emplace_back(PyFloat_AsDouble(arguments[i]));
-  for (int i = kNumbersTo; i < kIntegersTo; ++i) {
-    stack.emplace_back(static_cast<int64_t>(PyLong_AsLongLong(arguments[i])));
-  }
-  for (int i = kIntegersTo; i < kAll; ++i) stack.emplace_back(PyObject_IsTrue(arguments[i]) == 1);
-  if (PyErr_Occurred()) return nullptr;
-  const at::Tensor student = stack[0].toTensor();
-  const bool needs_grad = student.requires_grad() && c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled();
-  stack.emplace_back(needs_grad);
-  {
+  if (!usual) Py_RETURN_NONE;
+  const bool needs_grad =
+      call.student.requires_grad() && c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled();
+  torch::jit::Stack stack = stack_of(call, needs_grad);
+  try {
     const WithoutGil others_run;
     op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &stack);
+  } catch (const std::exception&) {
+    Py_RETURN_NONE;
   }
-  at::Tensor loss = stack[0].toTensor();
-  if (needs_grad) loss = with_gradient(student, loss, stack[2].toTensor(), second);
+  at::Tensor value = stack[0].toTensor();
+  if (needs_grad) value = with_gradient(call.student, value, stack[2].toTensor(), PyUnicode_AsUTF8(arguments[8]));
+  if (!call.parts) return THPVariable_Wrap(std::move(value));
   PyObject* const parts = THPVariable_Wrap(stack[1].toTensor());
-  return Py_BuildValue("(NN)", THPVariable_Wrap(std::move(loss)), parts);
+  return Py_BuildValue("(NN)", THPVariable_Wrap(std::move(value)), parts);
   END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef methods[] = {
-    {"fused", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fused)), METH_FASTCALL, nullptr}, {}};
+PyMethodDef methods[] = {{"loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(loss)), METH_FASTCALL, nullptr},
+                         {}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_autograd", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace

@@ -1,7 +1,6 @@
 """The losses by the compiled op: the twin of ``reference``, for every call that the op can do.
 
-Arguments are checked by then. "mean" and "sum" are one call of ``kdcore::fused``: beneath the dispatcher where nobody
-watches it, as torch has it registered elsewhere. "none" is ``kdcore::forward``.
+Arguments are checked by then. "mean" and "sum" are one call of ``kdcore::fused``, "none" is one of ``kdcore::forward``.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _fast, reference
+from . import reference
 from ._ops import DEFAULT_EPS, MODES, named_parts, numbers_tensor
 from .normalise import accumulator
 from .reference import Labels, Result, Settings, Target, Weight
@@ -149,8 +148,6 @@ def _count(student: Tensor, index: Tensor | None, ignored: int) -> Tensor | int:
 
 
 def _fused(tensors: tuple[Any, ...], numbers: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_compiling() and (found := _fast.fused(*tensors, *numbers, *rest)):
-        return found
     needs_grad = tensors[0].requires_grad and torch.is_grad_enabled()
     value, parts, _ = _call("fused", tensors, numbers, (*rest, needs_grad))
     return value, parts

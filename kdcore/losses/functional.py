@@ -1,8 +1,8 @@
 """The distillation losses as functions: arguments are checked here, once, and trusted below.
 
 Both compute a whole objective in one call: ``kd_weight`` x distillation + ``ce_weight`` x cross-entropy. A usual call
-goes straight to the kernel (``_fast``), another one that the op can do to the registered op (``compiled``), and what it
-cannot do to plain torch (``reference``).
+goes straight to the kernel (csrc/autograd), another one that the op can do to the registered op (``compiled``), and
+what it cannot do to plain torch (``reference``).
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from . import Normalize, _check, _fast, compiled, reference
-from ._ops import Backend, choose_backend
+from . import Normalize, _check, compiled, reference
+from ._extension import autograd
+from ._ops import NO_SECOND_DERIVATIVE, Backend, choose_backend, named_parts
 from .reference import Reduction, Result, Settings, Statistics, Target, Weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_ON_CPU = ("auto", "cpu")
+_eager = autograd()
+"""The usual calls on the CPU, in C++; it gives None for the others."""
 
 
 class KDSettings(TypedDict, total=False):
@@ -260,14 +262,14 @@ def _loss(
     teacher_grad: bool,
     backend: Backend,
 ) -> Result:
-    if (
-        _fast.there_is()
-        and backend in _ON_CPU
-        and not (teacher_grad or group is not None or torch.compiler.is_compiling())
-    ):
-        result = _fast.usual_loss(decoupled, student, teacher, target, arguments, alpha, beta)
-        if result is not None:
-            return result
+    if _eager is not None and group is None and not teacher_grad and not torch.compiler.is_compiling():
+        found = _eager.loss(
+            decoupled, student, teacher, target, arguments, alpha, beta, backend, NO_SECOND_DERIVATIVE
+        )  # fmt: skip
+        if type(found) is tuple:
+            return found[0], named_parts(found[1], decoupled, target is not None)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
     settings = Settings(*arguments)
     _check.check_call(student, teacher, target, settings, group)
     if decoupled:
