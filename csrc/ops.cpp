@@ -260,6 +260,10 @@ std::tuple<Tensor, Tensor, Tensor> col_stats(const Tensor& z, const OptionalTens
 STABLE_TORCH_LIBRARY(kdcore, m) {
   m.def("col_stats(Tensor z, Tensor? index, int ignore_index) -> (Tensor count, Tensor mean, Tensor m2)");
   m.def("fused(" KD_COMMON_SCHEMA ", bool mean, bool grad) -> (Tensor loss, Tensor parts, Tensor grad)");
+  m.def("prepare(" KD_COMMON_SCHEMA ", bool mean) -> (Tensor loss, Tensor parts, Tensor record)");
+  m.def(
+      "complete(Tensor grad_loss, Tensor student, Tensor teacher, Tensor record, int normalize, bool decoupled, "
+      "bool cross_entropy, bool through, bool mean) -> Tensor");
   m.def("forward(" KD_COMMON_SCHEMA ") -> (Tensor loss, Tensor parts)");
   m.def("sums(Tensor grad_loss, " KD_COMMON_SCHEMA ") -> Tensor");
   m.def("backward(Tensor grad_loss, " KD_COMMON_SCHEMA ", Tensor? sums, Tensor? count) -> Tensor");

@@ -52,9 +52,9 @@ def split(z, cuts):
     return [z[start:end] for start, end in zip([0, *cuts], [*cuts, len(z)], strict=True)]
 
 
-def by_ranks(student, teacher, index, cuts, weight, row_beta=None, **kind):
+def by_ranks(student, teacher, index, cuts, weight, row_beta=None, ops=None, **kind):
     """Loss rows and gradient as several ranks compute them: statistics, forward, sums, backward."""
-    ops = torch.ops.kdcore
+    ops = ops or torch.ops.kdcore
     acc = torch.promote_types(student.dtype, torch.float32)
     sides = [
         [ops.col_stats(part, y, -100) for part, y in zip(split(z, cuts), split(index, cuts), strict=True)]

@@ -1,7 +1,8 @@
-// What the kernels share: records in the workspace, where a thread works, and a reduction in a fixed order.
+// What the kernels share: element types, how a thread reads its classes, records in memory, and reductions in a fixed
+// order.
 //
 // Nothing is added up by atomics and no size depends on the device, so the same call gives the same bits. Barriers are
-// reached by whole blocks: what a block returns early on is the same in all its threads.
+// reached by whole blocks, shuffles by whole warps.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -14,7 +15,7 @@
 
 namespace kdcore::cuda {
 
-constexpr int kThreads = 128;  // of every block, a power of two
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 // A logit's accumulator, and the ways there and back; torch's build flags leave half types no conversions of their own.
 template <class T>
@@ -48,165 +49,190 @@ struct Element<__nv_bfloat16> {
 template <class T>
 using Acc = typename Element<T>::Acc;
 
-// How logits are normalised: h = ((z - mean) - rest) * scale. The mean is in two parts, itself rounded and what
-// rounding left: an offset common to a class or row costs no accuracy, and a constant one gives exactly 0.
-template <class A>
-struct Affine {
-  A mean, rest, scale;
-
-  __device__ A centred(A z) const { return (z - mean) - rest; }
-  __device__ A operator()(A z) const { return centred(z) * scale; }
-};
-
-// The same for a mean of origin + shift, V at least as wide as A; the sum's rounding error is exact (Knuth's TwoSum).
-template <class A, class V>
-__device__ Affine<A> affine(V origin, V shift, V scale) {
-  const V sum = origin + shift, part = sum - origin, error = (origin - (sum - part)) + (shift - part);
-  const A mean = static_cast<A>(sum);
-  return {mean, static_cast<A>((sum - mean) + error), static_cast<A>(scale)};
+// Powers of 2. float: 2 units in the last place, results below 2^-126 are 0.
+__device__ inline double power2(double x) { return exp2(x); }
+__device__ inline float power2(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
 }
 
-// Sums of deviations from a mean and of their squares. What the first is not 0 corrects the mean, which rounding moved.
+// The finite number that no maximum is below.
 template <class A>
-struct Deviations {
-  A sum, squares;
+__device__ constexpr A lowest() {
+  return sizeof(A) == 8 ? static_cast<A>(-1.7e308) : static_cast<A>(-3.4e38);
+}
 
-  __device__ void add(A d) {
-    sum += d;
-    squares += d * d;
+template <class A>
+__device__ A larger(A a, A b) {
+  return b > a ? b : a;  // a NaN on the right is passed over: it is found in the sums
+}
+
+// -- a thread's classes: there are fewer than 2^31, but rows are further apart than that
+
+// V of them from `first`, `step` apart where they are not neighbours.
+template <int V, bool WIDE>
+struct Columns {
+  int first, step;
+
+  __device__ int operator[](int k) const { return first + (WIDE ? k : k * step); }
+};
+
+template <int V, bool WIDE>
+__device__ Columns<V, WIDE> columns_of(int begin, int lane, int lanes) {
+  return {begin + (WIDE ? lane * V : lane), lanes};
+}
+
+template <class T, int V>
+struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Word {
+  T item[V];
+};
+
+// 0 beyond the classes.
+template <class T, int V, bool WIDE>
+__device__ void load(const T* row, const Columns<V, WIDE>& at, int classes, Acc<T> (&out)[V]) {
+  if (WIDE && at.first + V <= classes) {
+    const Word<T, V> word = *reinterpret_cast<const Word<T, V>*>(row + at.first);
+#pragma unroll
+    for (int k = 0; k < V; ++k) out[k] = Element<T>::widen(word.item[k]);
+    return;
   }
-  __device__ A m2(A size) const {
-    const A m2 = squares - sum * sum / size;
-    return m2 < 0 ? A{0} : m2;
+#pragma unroll
+  for (int k = 0; k < V; ++k) out[k] = at[k] < classes ? Element<T>::widen(row[at[k]]) : Acc<T>{0};
+}
+
+template <class T, int V, bool WIDE>
+__device__ void store(T* row, const Columns<V, WIDE>& at, int classes, const Acc<T> (&values)[V]) {
+  if (WIDE && at.first + V <= classes) {
+    Word<T, V> word;
+#pragma unroll
+    for (int k = 0; k < V; ++k) word.item[k] = Element<T>::narrow(values[k]);
+    *reinterpret_cast<Word<T, V>*>(row + at.first) = word;
+    return;
   }
-  __device__ void merge(const Deviations& other) {
-    sum += other.sum;
-    squares += other.squares;
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    if (at[k] < classes) row[at[k]] = Element<T>::narrow(values[k]);
   }
-};
-
-// Rows that count, their mean in two parts and their squared deviations from it, of one class.
-template <class A>
-struct Moments {
-  A count, mean, rest, m2;
-};
-
-// Largest elements of a row, each the shift of its exponentials: h without the label in DKD, and the raw logit.
-template <class A>
-struct Tops {
-  A student, teacher, raw;
-
-  __device__ void merge(const Tops& other) {
-    student = larger(student, other.student);
-    teacher = larger(teacher, other.teacher);
-    raw = larger(raw, other.raw);
-  }
-  static __device__ A larger(A a, A b) { return b > a ? b : a; }
-};
-
-// Sums over a row: RowSums of kd_math.h, the same exponentials times the student's deviations from its mean, and
-// cross-entropy's exponentials without the label and its logits.
-template <class A>
-struct Sums {
-  A zs, zt, gap, tilt_s, tilt_t, ce_rest, ce_logits;
-
-  __device__ void merge(const Sums& other) {
-    zs += other.zs;
-    zt += other.zt;
-    gap += other.gap;
-    tilt_s += other.tilt_s;
-    tilt_t += other.tilt_t;
-    ce_rest += other.ce_rest;
-    ce_logits += other.ce_logits;
-  }
-};
-
-template <class V>
-struct Total {
-  V value;
-
-  __device__ void merge(const Total& other) { value += other.value; }
-};
-
-// What the pass over a row finds.
-template <class A>
-struct RowPass {
-  Affine<A> student, teacher;  // not used by per_class, which has one of each class
-  A deviation;                 // the student's, under instance
-  Tops<A> tops;
-  Sums<A> sums;
-};
-
-// What an element's gradient needs of its row; the row's weight is in it.
-template <class A>
-struct RowFactors {
-  Affine<A> student, teacher;
-  Tops<A> tops;
-  A factor_s, factor_t, at_label;        // of RowTerms
-  A spread;                              // instance: the way through the deviation
-  A ce_factor, ce_uniform, ce_at_label;  // of CrossEntropy
-  int64_t label;
-  bool counts;
-};
-
-// Sums of the gradient over the rows of one class: of dL/dh, and of h dL/dh.
-template <class A>
-struct ColSums {
-  A gradient, tilt;
-};
-
-// The workspace, and what is derived once from the problem.
-template <class A>
-struct Work {
-  A inverse_temperature;
-  int64_t chunk, chunks;            // rows in a chunk of the passes over columns, and how many chunks
-  A* count;                         // rows that count
-  Moments<A>* moments;              // [chunks, classes] of the side at hand
-  Affine<A>*columns_s, *columns_t;  // [classes] each, under per_class; else null
-  RowPass<A>* passes;               // [rows]
-  RowFactors<A>* factors;           // [rows]
-  A *row_losses, *row_parts;        // [rows], [4, rows]
-  ColSums<A>* partial_sums;         // [chunks, classes]
-  A* col_sums;                      // [2, classes]
-};
+}
 
 template <class T>
-__device__ Acc<T> load(const Logits& logits, int64_t row, int64_t column) {
-  return Element<T>::widen(static_cast<const T*>(logits.data)[row * logits.stride + column]);
+__device__ const T* row_of(const Logits& logits, int64_t row) {
+  return static_cast<const T*>(logits.data) + row * logits.stride;
+}
+
+template <class T>
+__device__ Acc<T> element(const Logits& logits, int64_t row, int64_t column) {
+  return Element<T>::widen(row_of<T>(logits, row)[column]);
 }
 
 __device__ inline bool ignored(const Shape& shape, int64_t row) {
   return shape.index && shape.index[row] == shape.ignore_index;
 }
 
-// Blocks of a pass over columns: a thread has one class, a block some rows. Neighbours read neighbouring classes.
-__host__ __device__ inline int64_t tiles(int64_t size) { return (size + kThreads - 1) / kThreads; }
+// -- records
 
-struct Place {
-  int64_t chunk, column;
+// Rows that count, their mean in two parts (rounding an offset common to a class costs no accuracy) and their squared
+// deviations from it, of one class.
+template <class A>
+struct Moments {
+  A count, mean, rest, m2;
 };
 
-__device__ inline Place place(int64_t classes) {
-  const int64_t across = tiles(classes), block = blockIdx.x;
-  return {block / across, block % across * kThreads + threadIdx.x};
+// How logits become exponents of 2: (z - mean) * scale + offset, where offset is what rounding left of the mean,
+// scaled. A class's own under per_class: arrays of [padded] in memory.
+template <class A>
+struct Coefficients {
+  A *mean, *scale, *offset;
+};
+
+template <class A, int V>
+struct Affine {
+  A mean[V], scale[V], offset[V];
+
+  template <bool WIDE>
+  __device__ void load(const Coefficients<A>& of, const Columns<V, WIDE>& at, int padded) {
+    cuda::load<A, V, WIDE>(of.mean, at, padded, mean);
+    cuda::load<A, V, WIDE>(of.scale, at, padded, scale);
+    cuda::load<A, V, WIDE>(of.offset, at, padded, offset);
+  }
+  __device__ A operator()(int k, A z) const { return (z - mean[k]) * scale[k] + offset[k]; }
+};
+
+// Of a row, under instance: statistics of both sides, and what its gradient needs beside RowFactors.
+template <class A>
+struct RowAffine {
+  A scale_s, scale_t;             // of exponents of 2
+  A mean, rest, gain, deviation;  // the student's: mean in two parts, 1 / (deviation + eps)
+  A spread;                       // the way through the deviation
+};
+
+// Sums over a row, each side's exponentials shifted by its top. Tops are exponents of 2 under per_class, else logits.
+template <class A>
+struct RowSum {
+  A top_s, top_t, zs, zt, gap;
+  A tilt_s, tilt_t;         // instance: exponentials times (s - top_s)
+  A top_raw, rest, logits;  // cross-entropy: the largest logit, exponentials without the label, logits less the first
+};
+
+// What an element's gradient needs of its row; weights are in it. label: -1 where there is none.
+template <class A>
+struct alignas(16) RowFactors {
+  A student, teacher, at_label;
+  A top_s, top_t;
+  A entropy, top_raw, entropy_at_label, uniform;
+  int label;
+  bool counts;
+};
+
+static_assert(sizeof(RowFactors<float>) == 48 && sizeof(RowFactors<double>) == 80, "as in losses/_ops.py");
+static_assert(sizeof(RowAffine<float>) == 28 && sizeof(RowAffine<double>) == 56, "as in losses/_ops.py");
+
+constexpr int kTotals = 6;  // loss, kd, tckd, nckd, ce, rows that count
+
+// The workspace and the record, and what is derived once from the problem.
+template <class A>
+struct Work {
+  A exponent;  // log2(e) / T
+  Coefficients<A> of_s, of_t;
+  A* count;                // rows that count, and the exponent
+  RowFactors<A>* factors;  // [rows]
+  RowAffine<A>* affines;   // [rows], under instance
+  A* sums;                 // [2, padded], of the gradient, h in exponents of 2
+  Moments<A>* moments;     // [2, chunks, classes]
+  RowSum<A>* row_sums;     // [rows, splits]
+  A* partial;              // [chunks or row_chunks, 2, padded]
+  double* totals;          // [blocks, kTotals]
+  int64_t partials, total_blocks;
+};
+
+// -- reductions
+
+constexpr unsigned kAll = 0xffffffffu;
+
+template <class V>
+__device__ V warp_sum(V value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAll, value, offset);
+  return value;
 }
 
-__device__ inline int64_t thread_index() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
-
-// Merges the threads' values pairwise, in the same order in every run. All threads of the block get the result.
-template <class S>
-__device__ S block_reduce(const S& mine) {
-  __shared__ S slots[kThreads];
-  const int thread = threadIdx.x;
-  slots[thread] = mine;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (thread < half) slots[thread].merge(slots[thread + half]);
+// Adds a block's totals in the order of its warps; thread 0 writes them.
+__device__ inline void block_totals(const double (&mine)[kTotals], double* out) {
+  __shared__ double slots[2 * kRowLanes][kTotals];
+  const int warp = threadIdx.x / kWarp, warps = (blockDim.x + kWarp - 1) / kWarp;
+  for (int q = 0; q < kTotals; ++q) {
+    const double sum = warp_sum(mine[q]);
+    if (threadIdx.x % kWarp == 0) slots[warp][q] = sum;
   }
   __syncthreads();
-  const S all = slots[0];
-  __syncthreads();  // the next call may write again
-  return all;
+  if (threadIdx.x >= kTotals) return;
+  double all = 0;
+  for (int k = 0; k < warps; ++k) all += slots[k][threadIdx.x];
+  out[threadIdx.x] = all;
 }
 
 }  // namespace kdcore::cuda

@@ -6,10 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace kdcore::cuda {
+#include "plan.h"
 
-enum class Dtype { f32, f64, f16, bf16 };
-enum class Normalize { none, per_class, instance };  // the order is that of the ops' argument
+namespace kdcore::cuda {
 
 // The logits of one side.
 struct Logits {
@@ -31,8 +30,9 @@ struct Problem {
   Logits student, teacher;
 
   const void* row_beta;    // acc [rows], or null for beta
-  const void* row_weight;  // acc [rows] factor of a row's gradient, or null: 1 / (rows that count) if mean, else 1
-  bool mean;
+  const void* row_weight;  // acc [rows] factor of a row's gradient, or null for 1
+  const void* grad_loss;   // acc: factor of the whole gradient, or null for 1
+  bool mean;               // of the loss and, unless rows have weights, of the gradient
   double temperature, alpha, beta, kd_weight, ce_weight, label_smoothing, eps;
   Normalize normalize;
   bool decoupled;      // DKD; otherwise KD, which has no use for a label
@@ -51,10 +51,15 @@ struct Problem {
   void* row_parts;
   void* col_sums;  // acc [2, classes] sums over the rows of dL/dh and of h dL/dh, cross-entropy left out
   void* grad;      // [rows, classes] contiguous, in the logits' dtype
+
+  void* record;   // record_bytes: what the gradient needs of all the rest, or null if nobody asks for it later
+  bool recorded;  // it is there: compute the gradient from it and the logits alone; of the numbers, ce_weight != 0
+                  // counts
 };
 
 // Device memory that run needs beside its arguments; it may hold anything.
 size_t workspace_bytes(const Problem& problem);
+size_t record_bytes(const Problem& problem);
 
 cudaError_t run(const Problem& problem, void* workspace, cudaStream_t stream);
 

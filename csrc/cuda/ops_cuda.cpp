@@ -34,6 +34,7 @@ struct Common {
   double temperature, alpha, beta, kd_weight, ce_weight, label_smoothing, eps;
   int64_t ignore_index, normalize;
   bool decoupled, cross_entropy, through;
+  bool recorded = false;  // labels and numbers are in a record
 };
 
 #define KD_COMMON                                                                                                      \
@@ -110,7 +111,8 @@ const Common& checked(const Common& c) {
   KD_CHECK(c.student.scalar_type() == c.teacher.scalar_type(), "student and teacher differ in dtype");
   KD_CHECK(c.student.size(1) >= 2, "logits need at least 2 classes");
   KD_CHECK(c.normalize >= 0 && c.normalize <= 2, "normalize must be 0, 1 or 2");
-  KD_CHECK(c.index || !(c.decoupled || c.cross_entropy), "DKD and cross-entropy need index");
+  KD_CHECK(c.recorded || c.index || !(c.decoupled || c.cross_entropy), "DKD and cross-entropy need index");
+  KD_CHECK(c.student.size(1) < (int64_t{1} << 30), "logits have too many classes");
   KD_CHECK(!c.stats || (c.normalize == 1 && c.stats->dim() == 2 && c.stats->size(0) == 4),
            "stats must be [4, C], with normalize = 1");
   check_device(c.teacher, c.student);
@@ -189,6 +191,37 @@ std::tuple<Tensor, Tensor, Tensor> fused(KD_COMMON, bool mean, bool grad) {
   return {loss, parts, gradient};
 }
 
+// The loss, and what its gradient needs beside the logits: a byte for each, whose layout the kernels know.
+std::tuple<Tensor, Tensor, Tensor> prepare(KD_COMMON, bool mean) {
+  Input in(KD_COMMON_VALUES);
+  const Tensor loss = in.make({}, in.acc), parts = in.make({4}, in.acc);
+  const Tensor record = in.make({static_cast<int64_t>(cuda::record_bytes(in.problem))}, ScalarType::Byte);
+  in.problem.mean = mean;
+  in.problem.loss = loss.data_ptr();
+  in.problem.part_means = parts.data_ptr();
+  in.problem.record = record.data_ptr();
+  in.run();
+  return {loss, parts, record};
+}
+
+Tensor complete(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher, const Tensor& record,
+                int64_t normalize, bool decoupled, bool cross_entropy, bool through, bool mean) {
+  constexpr double kAny = 1;  // the record has it
+  Input in({student, teacher, std::nullopt, std::nullopt, std::nullopt, kAny, kAny, kAny, kAny,
+            cross_entropy ? 1.0 : 0.0, 0, kAny, 0, normalize, decoupled, cross_entropy, through, true});
+  const OptionalTensor factor = numbers(grad_loss, 1, student, in.acc);
+  KD_CHECK(record.is_cuda() && static_cast<size_t>(record.numel()) == cuda::record_bytes(in.problem),
+           "record is not that of these logits");
+  const Tensor out = in.make({in.rows, in.classes}, in.type);
+  in.problem.mean = mean;
+  in.problem.grad_loss = data(factor);
+  in.problem.record = record.data_ptr();
+  in.problem.recorded = true;
+  in.problem.grad = out.data_ptr();
+  in.run();
+  return out;
+}
+
 std::tuple<Tensor, Tensor> forward(KD_COMMON) {
   KD_CHECK(normalize != 1 || stats, "normalize = 1 needs stats");
   Input in(KD_COMMON_VALUES);
@@ -244,6 +277,8 @@ std::tuple<Tensor, Tensor, Tensor> col_stats(const Tensor& z, const OptionalTens
 STABLE_TORCH_LIBRARY_IMPL(kdcore, CUDA, m) {
   m.impl("col_stats", TORCH_BOX(&col_stats));
   m.impl("fused", TORCH_BOX(&fused));
+  m.impl("prepare", TORCH_BOX(&prepare));
+  m.impl("complete", TORCH_BOX(&complete));
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("sums", TORCH_BOX(&sums));
   m.impl("backward", TORCH_BOX(&backward));

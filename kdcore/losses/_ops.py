@@ -1,11 +1,12 @@
 """The compiled ops as torch knows them: what they return, their derivatives, and which back ends there are.
 
 ``torch.ops.kdcore`` holds ``col_stats``, ``fused``, ``forward``, ``sums`` and ``backward``, whose schemas are in
-csrc/ops.cpp. What is registered here is registered once, when the extension is loaded.
+csrc/ops.cpp, and for CUDA ``prepare`` and ``complete``: the loss, and its gradient from a record of the rest. What is
+registered here is registered once, when the extension is loaded.
 
-``fused_dynamic``, ``forward_dynamic`` and ``backward_dynamic`` are the same ops with their seven numbers in one tensor,
-for torch.compile: a float argument of an op is a constant of the graph, so a schedule of temperatures or weights would
-compile anew at every step; an element of a tensor is not.
+``fused_dynamic`` and three others are the same ops with their seven numbers in one tensor, for torch.compile: a float
+argument of an op is a constant of the graph, so a schedule of temperatures or weights would compile anew at every step;
+an element of a tensor is not.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _TENSORS = "Tensor student, Tensor teacher, Tensor? index, Tensor? row_beta, Ten
 _SWITCHES = "int ignore_index, int normalize, bool decoupled, bool cross_entropy, bool through"
 _DYNAMIC = {  # schema, and where the numbers are
     "fused": (f"({_TENSORS}, {_SWITCHES}, bool mean, bool grad) -> (Tensor loss, Tensor parts, Tensor grad)", 5),
+    "prepare": (f"({_TENSORS}, {_SWITCHES}, bool mean) -> (Tensor loss, Tensor parts, Tensor record)", 5),
     "forward": (f"({_TENSORS}, {_SWITCHES}) -> (Tensor loss, Tensor parts)", 5),
     "backward": (f"(Tensor grad_loss, {_TENSORS}, {_SWITCHES}, Tensor? sums, Tensor? count) -> Tensor", 6),
 }
@@ -113,6 +115,28 @@ def _fake_fused(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, T
     return student.new_empty((), dtype=acc), student.new_empty(4, dtype=acc), grad
 
 
+def _fake_prepare(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape, acc, normalize = _pair_shape(student, teacher), accumulator(student), rest[-5]
+    size = record_bytes(*shape, normalize, acc == torch.float64)
+    return student.new_empty((), dtype=acc), student.new_empty(4, dtype=acc), student.new_empty(size, dtype=torch.uint8)
+
+
+def record_bytes(rows: int, classes: int, normalize: int, double: bool) -> int:
+    """The size of a record: csrc/cuda/kernels.cu cuts it into arrays at multiples of 256 bytes."""
+    word, of_row, of_instance = (8, 80, 56) if double else (4, 48, 28)
+    arrays = [2 * word, rows * of_row]
+    if normalize == MODES["instance"]:
+        arrays.append(rows * of_instance)
+    if normalize == MODES["class"]:
+        padded = (classes + 127) // 128 * 128
+        arrays += [padded * word] * 6 + [2 * padded * word]
+    return sum((size + 255) // 256 * 256 for size in arrays)
+
+
+def _fake_complete(grad_loss: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> Tensor:
+    return student.new_empty(_pair_shape(student, teacher))
+
+
 def _fake_forward(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     rows, acc = _pair_shape(student, teacher)[0], accumulator(student)
     return student.new_empty(rows, dtype=acc), student.new_empty((4, rows), dtype=acc)
@@ -156,6 +180,20 @@ def _backward_fused(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Tensor |
     return grad * grad_loss, *[None] * (ctx.arguments - 1)
 
 
+def _setup_prepare(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _refuse_other_gradients(ctx.needs_input_grad)
+    _, parts, record = output
+    ctx.mark_non_differentiable(parts, record)
+    ctx.arguments = len(inputs)
+    ctx.rest = inputs[-5:]  # normalize, decoupled, cross_entropy, through, mean
+    ctx.save_for_backward(inputs[0], inputs[1], record)
+
+
+def _backward_prepare(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    grad = torch.ops.kdcore.complete(grad_loss, *ctx.saved_tensors, *ctx.rest)
+    return grad, *[None] * (ctx.arguments - 1)
+
+
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _refuse_other_gradients(ctx.needs_input_grad)
     ctx.mark_non_differentiable(output[1])
@@ -188,6 +226,8 @@ def _no_derivative(ctx: Any, *grads: Any) -> NoReturn:
 _RULES: dict[str, tuple[Callable[..., Any], ...]] = {  # fake, setup of the context, derivative
     "col_stats": (_fake_col_stats, _setup_constant, _no_derivative),
     "fused": (_fake_fused, _setup_fused, _backward_fused),
+    "prepare": (_fake_prepare, _setup_prepare, _backward_prepare),
+    "complete": (_fake_complete, _setup_last, _no_derivative),
     "forward": (_fake_forward, _setup_forward, _backward_forward),
     "sums": (_fake_sums, _setup_constant, _no_derivative),
     "backward": (_fake_backward, _setup_last, _no_derivative),

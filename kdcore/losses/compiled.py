@@ -1,6 +1,7 @@
 """The losses by the compiled op: the twin of ``reference``, for every call that the op can do.
 
-Arguments are checked by then. "mean" and "sum" are one call of ``kdcore::fused``, "none" is one of ``kdcore::forward``.
+Arguments are checked by then. "mean" and "sum" are one call of ``kdcore::fused`` (of ``kdcore::prepare`` for a gradient
+on CUDA), "none" is one of ``kdcore::forward``.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def loss(
     alpha: Weight,
     beta: Weight,  # a number, 0-d or [B]
 ) -> Result:
-    if student.dtype == torch.float16 and student.requires_grad:
+    if student.dtype == torch.float16 and student.requires_grad and not student.is_cuda:
         # a gradient kept in float16 would have lost its small elements before a gradient scaler can raise them
         student, teacher = student.float(), teacher.float()
     index, ignored = _labels(target, teacher, settings.ignore_index)
@@ -148,8 +149,12 @@ def _count(student: Tensor, index: Tensor | None, ignored: int) -> Tensor | int:
 
 
 def _fused(tensors: tuple[Any, ...], numbers: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    needs_grad = tensors[0].requires_grad and torch.is_grad_enabled()
-    value, parts, _ = _call("fused", tensors, numbers, (*rest, needs_grad))
+    student = tensors[0]
+    needs_grad = student.requires_grad and torch.is_grad_enabled()
+    if needs_grad and student.is_cuda:  # whose gradient is computed when it is asked for, with the factor in it
+        value, parts, _ = _call("prepare", tensors, numbers, rest)
+    else:
+        value, parts, _ = _call("fused", tensors, numbers, (*rest, needs_grad))
     return value, parts
 
 
