@@ -8,6 +8,7 @@ static constexpr unsigned long long kTarget = TORCH_TARGET_VERSION;
 #include <vector>
 
 #include "cpu/problem.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 namespace cpu = kdcore::cpu;
@@ -46,6 +47,18 @@ py::dict build_info() {
   return info;
 }
 
+py::dict cuda_plan(int64_t rows, int64_t classes, int itemsize, int alignment, bool by_class, bool bounded, bool sums,
+                   bool whole) {
+  using namespace py::literals;
+  const kdcore::cuda::Plan p =
+      kdcore::cuda::make_plan({rows, classes, itemsize, alignment, by_class, bounded, sums, whole});
+  return py::dict("vector"_a = p.vector, "wide"_a = p.wide, "tiles"_a = p.tiles, "chunk"_a = p.chunk,
+                  "chunks"_a = p.chunks, "tiled"_a = p.tiled, "row_vector"_a = p.row_vector, "row_wide"_a = p.row_wide,
+                  "across"_a = p.across, "groups"_a = p.groups, "batch"_a = p.batch, "row_chunk"_a = p.row_chunk,
+                  "row_chunks"_a = p.row_chunks, "splits"_a = p.splits, "segment"_a = p.segment,
+                  "padded"_a = p.padded);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -53,4 +66,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &available_isas, "The instruction sets of this machine that it has kernels for.");
   m.def("cpu_isa", [] { return cpu::isa_name(cpu::current_isa()); }, "The one that calls use.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Makes calls use this one.");
+  m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("classes"), py::kw_only(), py::arg("itemsize") = 4,
+        py::arg("alignment") = 16, py::arg("by_class") = true, py::arg("bounded") = true, py::arg("sums") = true,
+        py::arg("whole") = false, "How the CUDA kernels cut a call into blocks (csrc/cuda/plan.h).");
 }

@@ -1,6 +1,7 @@
 """What ptxas makes of the CUDA kernels: registers, memory and spills, for each architecture. ``make cuda-check``.
 
-Needs nvcc and no GPU. A kernel that spills registers to memory ends it with exit code 1.
+Needs nvcc and no GPU. A kernel that spills registers to memory ends it with exit code 1. ``--write`` records the table
+in benchmarks/results/cuda-kernels.md.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+TABLE = ROOT / "benchmarks/results/cuda-kernels.md"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 COMPILING = re.compile(r"Compiling entry function '(\w+)'")
@@ -60,12 +62,38 @@ def compiled(nvcc: str, source: Path, architecture: str) -> list[Kernel]:
     return kernels_of(done.stderr)
 
 
+def version(nvcc: str) -> str:
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release [\d.]+, V([\d.]+)", said)
+    return f"nvcc {found[1]}" if found else "nvcc"
+
+
 def readable(names: list[str]) -> list[str]:
     """Names as in the source, where c++filt is there to tell."""
     if not shutil.which("c++filt"):
         return names
     shown = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True).stdout.split("\n")
     return [name.replace("kdcore::cuda::", "").replace("(anonymous namespace)::", "") for name in shown]
+
+
+def family(name: str) -> tuple[str, str]:
+    """A kernel's name, and the type of the logits that this one is for."""
+    base, _, rest = name.partition("<")
+    tile = re.search(r"TileShape<[^>]*?(\d+)[^>]*?(\d+)[^>]*?(\d+)>", rest)
+    return f"{base} of {tile[3]} threads, {tile[1]} classes each" if tile else base, rest.partition(",")[0].strip("<> ")
+
+
+def table(found: dict[str, list[Kernel]]) -> str:
+    """The worst of each family, as `registers / shared bytes` for each architecture."""
+    families: dict[tuple[str, str], dict[str, list[Kernel]]] = {}
+    for architecture, kernels in found.items():
+        for kernel, name in zip(kernels, readable([kernel.name for kernel in kernels]), strict=False):
+            families.setdefault(family(name), {}).setdefault(architecture, []).append(kernel)
+    lines = [["kernel", "logits", "variants", *found], ["---"] * (3 + len(found))]
+    for (name, dtype), by in sorted(families.items()):
+        cells = [f"{max(k.registers for k in ks)} / {max(k.shared for k in ks)}" for ks in by.values()]
+        lines.append([name, dtype, str(len(next(iter(by.values())))), *cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def main() -> int:
@@ -78,16 +106,19 @@ def main() -> int:
         return 1
     jobs = [(source, architecture) for architecture in ARCHITECTURES for source in SOURCES]
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda job: compiled(nvcc, *job), jobs))
-    spills = 0
-    print(f"{'':8}{'registers':>10}{'shared':>8}{'stack':>7}{'spilled':>9}  kernel")
-    for (_, architecture), kernels in zip(jobs, found, strict=True):
-        for kernel, name in zip(kernels, readable([kernel.name for kernel in kernels]), strict=False):
-            numbers = f"{kernel.registers:10}{kernel.shared:8}{kernel.stack:7}{kernel.spilled:9}"
-            print(f"{architecture:8}{numbers}  {name}")
-            spills += kernel.spilled > 0
-    print(f"{sum(map(len, found))} kernels, {spills} of them spill")
-    return 1 if spills or not any(found) else 0
+        compiling = pool.map(lambda job: compiled(nvcc, *job), jobs)
+    found: dict[str, list[Kernel]] = {}
+    for (_, architecture), kernels in zip(jobs, compiling, strict=True):
+        found.setdefault(architecture, []).extend(kernels)
+    text = table(found)
+    print(text)
+    if "--write" in sys.argv:
+        TABLE.write_text(f"# The CUDA kernels: registers / bytes of shared memory ({version(nvcc)})\n\n{text}\n")
+    spilling = [
+        f"{architecture} {k.name}: {k.spilled} bytes" for architecture, ks in found.items() for k in ks if k.spilled
+    ]
+    print("\n".join([f"{sum(map(len, found.values()))} kernels, {len(spilling)} of them spill", *spilling]))
+    return 1 if spilling or not any(found.values()) else 0
 
 
 if __name__ == "__main__":
