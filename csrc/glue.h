@@ -13,18 +13,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "arguments.h"
 #include "cpu/problem.h"
 
-// The checks of torch::stable name the file on the machine that built it; the Python side explains these further.
-#define KD_CHECK(condition, text)                                \
-  do {                                                           \
-    if (!(condition)) throw std::runtime_error("kdcore: " text); \
-  } while (false)
-
 namespace kdcore {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // torch's own numbers of the dtypes; each is a call, so they are asked for once.
 struct Codes {

@@ -55,8 +55,7 @@ py::dict cuda_plan(int64_t rows, int64_t classes, int itemsize, int alignment, b
   return py::dict("vector"_a = p.vector, "wide"_a = p.wide, "tiles"_a = p.tiles, "chunk"_a = p.chunk,
                   "chunks"_a = p.chunks, "tiled"_a = p.tiled, "row_vector"_a = p.row_vector, "row_wide"_a = p.row_wide,
                   "across"_a = p.across, "groups"_a = p.groups, "batch"_a = p.batch, "row_chunk"_a = p.row_chunk,
-                  "row_chunks"_a = p.row_chunks, "splits"_a = p.splits, "segment"_a = p.segment,
-                  "padded"_a = p.padded);
+                  "row_chunks"_a = p.row_chunks, "splits"_a = p.splits, "segment"_a = p.segment, "padded"_a = p.padded);
 }
 
 }  // namespace

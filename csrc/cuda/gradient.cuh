@@ -1,6 +1,6 @@
 // The gradient with respect to the student's logits: element by element, from the record and the logits.
 #pragma once
-#include "rows.cuh"
+#include "row_sum.cuh"
 
 namespace kdcore::cuda {
 

@@ -1,11 +1,12 @@
-// Runs the kernels of columns.cuh, rows.cuh and gradient.cuh, in an order that shapes and arguments alone decide: no
-// result is read back, so a call can be captured in a CUDA graph and replayed.
+// Runs the kernels of columns.cuh, rows.cuh, tile.cuh and gradient.cuh, in an order that shapes and arguments alone
+// decide: no result is read back, so a call can be captured in a CUDA graph and replayed.
 #include <initializer_list>
 #include <limits>
 #include <type_traits>
 
 #include "gradient.cuh"
 #include "rows.cuh"
+#include "tile.cuh"
 
 namespace kdcore::cuda {
 namespace {
