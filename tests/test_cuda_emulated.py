@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from losses_table import DTYPES, LOSSES, MODES, check_grad, check_value, exact, logits, run
 from test_kernels_split import by_ranks, common, whole
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from kdcore.losses import compiled, dkd_loss, functional, kd_loss
-from kdcore.losses._ops import record_bytes
+from kdcore.losses._ops import numbers_tensor, record_bytes
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -243,3 +244,70 @@ def test_given_statistics_and_a_weight_for_each_row():
 def test_python_knows_the_size_of_a_record(ops, rows, classes, normalize, dtype):
     found = ops.record_bytes(rows, classes, normalize, dtype)
     assert found == record_bytes(rows, classes, normalize, dtype == torch.float64)
+
+
+# prepare and complete, which CUDA alone has, as torch knows them
+
+
+@pytest.fixture
+def registered(ops):
+    """Both, for CPU tensors, while a test runs."""
+    library = torch.library.Library("kdcore", "IMPL")
+    library.impl("prepare", lambda *arguments: ops.prepare(*arguments), "CPU")
+    library.impl("complete", lambda *arguments: ops.complete_alone(*arguments), "CPU")
+    yield torch.ops.kdcore
+    library._destroy()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@every_mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_both_are_registered_as_they_behave(registered, mode, dtype):
+    student, teacher, index = logits(6, 5, dtype)
+    index[1] = -100
+    student.requires_grad_()
+    arguments = (*common(student, teacher, index, normalize=MODES.index(mode)), True)
+    tensors, numbers, switches = arguments[:5], arguments[5:12], arguments[12:]
+    torch.library.opcheck(registered.prepare.default, arguments)
+    dynamic = torch.tensor(numbers, dtype=torch.float64)
+    torch.library.opcheck(registered.prepare_dynamic.default, (*tensors, dynamic, *switches))
+    _, _, record = registered.prepare(*arguments)
+    grad_loss = torch.ones((), dtype=dtype, requires_grad=True)
+    torch.library.opcheck(
+        registered.complete.default,
+        (grad_loss, student, teacher, record, *switches[1:]),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+@every_mode
+def test_the_gradient_of_a_prepared_loss_may_be_asked_for_again_but_not_differentiated(registered, mode):
+    student, teacher, index = logits(6, 5, torch.float32)
+    student.requires_grad_()
+    loss, _, _ = registered.prepare(*common(student, teacher, index, normalize=MODES.index(mode)), True)
+    first, second = (torch.autograd.grad(factor * loss, student, retain_graph=True)[0] for factor in (1, 3))
+    torch.testing.assert_close(second, 3 * first)
+    assert torch.equal(torch.autograd.grad(loss, student, retain_graph=True)[0], first)
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.square().sum(), student)
+
+
+def test_compile_takes_both_without_compiling_anew(registered):
+    student, teacher, index = logits(6, 5, torch.float32)
+    student.requires_grad_()
+
+    def step(temperature):
+        numbers = numbers_tensor([temperature, 1.0, 8.0, 1.0, 0.5, 0.0, 1e-5])
+        loss, _, _ = registered.prepare_dynamic(
+            student, teacher, index, None, None, numbers, -100, 1, True, True, True, True
+        )
+        return loss
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled_step = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    for temperature in (2.5, 3.5, 4.5):
+        found, expected = compiled_step(temperature), step(temperature)
+        assert torch.equal(found, expected)
+        assert torch.equal(*(torch.autograd.grad(value, student)[0] for value in (found, expected)))
+    assert counter.frame_count == 1
