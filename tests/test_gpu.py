@@ -73,6 +73,7 @@ def calls_of_every_op(mode, decoupled):
 @needs_op
 @pytest.mark.usefixtures("nothing_by_chance")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation:UserWarning")
 @every_mode
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_every_op_is_registered_as_it_behaves(mode, decoupled):
