@@ -17,7 +17,7 @@ import cuda_report
 import losses_report as report
 import torch
 from competitors import Objective, Way, contenders, ours
-from losses_cases import DTYPES, STRONGEST, Case, Data, check, exact, inputs, relative, result, step
+from losses_cases import DTYPES, STRONGEST, Case, Data, check, exact, inputs, result, step
 from torch import Tensor
 
 from kdcore.losses import available_backends
@@ -50,7 +50,7 @@ class Gauge(Protocol):
 
     def peak_bytes(self, call: Call) -> int: ...
 
-    def graph(self, way: Way, data: Data) -> tuple[Call, Tensor]: ...
+    def graph(self, way: Way, data: Data) -> tuple[Call, tuple[Tensor, Tensor]]: ...
 
     def release(self) -> None: ...
 
@@ -103,20 +103,21 @@ class CudaGauge:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def graph(self, way: Way, data: Data) -> tuple[Call, Tensor]:
-        """Loss and gradient in a CUDA graph: its replay, and where it writes the gradient."""
+    def graph(self, way: Way, data: Data) -> tuple[Call, tuple[Tensor, Tensor]]:
+        """Loss and gradient in a CUDA graph: its replay, and where it writes them."""
 
-        def gradient() -> Tensor:
-            return torch.autograd.grad(way(*data), data[0])[0]
+        def both() -> tuple[Tensor, Tensor]:
+            loss = way(*data)
+            return loss.detach(), torch.autograd.grad(loss, data[0])[0]
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            gradient()
+            both()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = gradient()
+            found = both()
         graph.replay()
         return graph.replay, found
 
@@ -203,9 +204,8 @@ def reduced(case: Case, who: dict[str, Call], gauge: Gauge) -> dict[str, Way]:
 
 def add_graphs(case: Case, data: Data, who: dict[str, Call], found: Found, gauge: Gauge) -> None:
     truth = result(found.ways["ours"], data)
-    replay, gradient = gauge.graph(found.ways["ours"], data)
-    found.errors["ours graph"] = [relative(gradient, truth[1])]
-    who["ours graph"] = replay
+    who["ours graph"], replayed = gauge.graph(found.ways["ours"], data)
+    found.errors["ours graph"] = check(case, "ours graph", replayed, truth)
     for name, way in reduced(case, who, gauge).items():
         call = step(way, data)
         try:

@@ -38,11 +38,10 @@ class HostGauge:
 
     def graph(self, way, data):
         def replay():
-            found.copy_(torch.autograd.grad(way(*data), data[0])[0])
+            loss = way(*data)
+            return loss.detach(), torch.autograd.grad(loss, data[0])[0]
 
-        found = torch.zeros_like(data[0])
-        replay()
-        return replay, found
+        return replay, replay()
 
     def release(self):
         pass
