@@ -3,6 +3,7 @@
 python benchmarks/bench_losses.py                       # the goals' cases and a lean set of others; writes results/
 python benchmarks/bench_losses.py --shapes 64x10,256x100 --modes class          # prints; writes with --out FOLDER
 python benchmarks/bench_losses.py --quick               # a few rounds of each: only to see that it works
+python benchmarks/bench_losses.py --device cuda         # bench_cuda.py: other shapes, and what a GPU can be asked
 """
 
 from __future__ import annotations
@@ -20,21 +21,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import bench_cuda
 import losses_report as report
 import torch
+from bench_cuda import SHAPES as CUDA_SHAPES
 from competitors import Limits, Objective, Way, autograd_alone, contenders, ours, raw_call
-from torch import Tensor
+from losses_cases import DTYPES, EVERYONE, MODES, STRONGEST, Case, Data, check, exact, inputs, result, step
 
 from kdcore.losses import available_backends
 
 SHAPES = ("64x10", "256x100", "1024x100", "256x1000", "1024x1000", "4096x1000", "512x21841", "64x128256")
-DTYPES = ("float32", "bfloat16")
-MODES = ("none", "class", "instance")
-EVERYONE = (
-    *("eager textbook", "eager careful A", "eager careful B"),
-    *("compile textbook", "compile careful A", "compile careful B", "compile analytic"),
-)
-STRONGEST = ("compile careful A", "compile careful B", "compile analytic")
 FLOORS = ("floor plain", "floor streaming")
 
 # glibc maps large tensors anew for every call; 4 KB faults then cost more than the arithmetic, for everyone
@@ -45,25 +41,7 @@ BLOCK_SECONDS = 0.5  # the kernel counts CPU time in ticks of 10 ms: rounds are 
 FOREIGN_SHARE = 0.06  # of the threads' time; above it a block is repeated
 ROUNDS_MOST = 400
 
-# relative to the largest element: loss, gradient; textbook code works in the logits' own type
-TOLERANCES = {"float32": (1e-4, 1e-4), "bfloat16": (1e-4, 1e-2), "textbook bfloat16": (0.2, 0.1)}
-
-Data = tuple[Tensor, Tensor, Tensor]
 Rounds = list[dict[str, float]]  # seconds by subject
-
-
-@dataclass(frozen=True)
-class Case:
-    shape: str
-    dtype: str
-    objective: Objective
-    against: tuple[str, ...]
-    goal: bool = False  # one of the goals' cases: variants of ours and the machine's limits are timed beside it
-
-    @property
-    def size(self) -> tuple[int, int]:
-        rows, classes = self.shape.split("x")
-        return int(rows), int(classes)
 
 
 @dataclass(frozen=True)
@@ -75,15 +53,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class Bench:
-    device: str
     backend: str
     threads: int
     isa: str | None  # what kdcore uses unless told otherwise; None while there is no compiled op
     lower_isas: tuple[str, ...]
-    limits: Limits | None
+    limits: Limits
     ghz: float
     quick: bool
-    sample: Callable[[Callable[[], object], int], float]  # seconds per call
 
 
 # -- cases
@@ -123,30 +99,6 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
 # -- what is timed
 
 
-def inputs(case: Case, device: str) -> Data:
-    """A sure teacher, a student on its way there, classes of different mean and spread; the student is a leaf."""
-    rows, classes = case.size
-    source = torch.Generator().manual_seed(rows + classes)
-    noise = partial(torch.randn, generator=source)
-    labels = torch.randint(classes, (rows,), generator=source)
-    teacher = noise(rows, classes) * (1.5 + noise(classes).abs()) + noise(classes)
-    teacher[torch.arange(rows), labels] += 6 + 2 * noise(rows)
-    student = 0.6 * teacher + noise(rows, classes)
-    dtype = getattr(torch, case.dtype)
-    return student.to(device, dtype).requires_grad_(), teacher.to(device, dtype), labels.to(device)
-
-
-def step(way: Way, data: Data) -> Callable[[], None]:
-    """Forward and backward through autograd, into a fresh .grad."""
-    student, teacher, labels = data
-
-    def call() -> None:
-        student.grad = None
-        way(student, teacher, labels).backward()
-
-    return call
-
-
 def subjects(case: Case, ways: dict[str, Way], data: Data, bench: Bench) -> list[Subject]:
     found = [Subject(name, step(way, data)) for name, way in ways.items()]
     found.append(Subject("ours again", step(ways["ours"], data)))  # shows the noise
@@ -157,72 +109,35 @@ def subjects(case: Case, ways: dict[str, Way], data: Data, bench: Bench) -> list
 
 def variants(case: Case, data: Data, bench: Bench) -> list[Subject]:
     with_ce = ours(replace(case.objective, cross_entropy=True), bench.backend)
-    half = inputs(replace(case, dtype="bfloat16"), bench.device)
+    half = inputs(replace(case, dtype="bfloat16"), "cpu")
     found = [Subject("ours + CE", step(with_ce, data)), Subject("autograd alone", autograd_alone())]
     found.append(Subject("ours bfloat16", step(ours(case.objective, bench.backend), half)))
     for isa in bench.lower_isas:
         found.append(Subject(f"ours {isa}", step(ours(case.objective, bench.backend), data), isa))
     student, teacher = data[0].detach(), data[1]
-    if bench.limits is None:
-        return [*found, Subject("floor", partial(torch.add, student, teacher, out=torch.empty_like(student)))]
     for name in FLOORS:
         found.append(Subject(name, bench.limits.five_passes(student, teacher, streaming=name == "floor streaming")))
     return found
 
 
-def check(case: Case, ways: dict[str, Way], data: Data, bench: Bench) -> dict[str, list[float]]:
+def checked(case: Case, ways: dict[str, Way], data: Data, bench: Bench) -> dict[str, list[float]]:
     """Compares everyone's loss and gradient with the definition in float64; a wrong one ends the run."""
-    student, teacher, labels = data
-    exact = student.detach().double().requires_grad_(), teacher.double(), labels
-    truth = ours(case.objective, "reference")(*exact)
-    truth.backward()
-    errors = {}
-    for name, way in ways.items():
-        student.grad = None
-        loss = way(*data)
-        loss.backward()
-        errors[name] = [relative(loss, truth), relative(student.grad, exact[0].grad)]
+    truth = exact(case, data)
+    errors = {name: check(case, name, result(way, data), truth) for name, way in ways.items()}
     if bench.isa is not None:
-        loss, _, gradient = raw_call(case.objective)(student.detach(), teacher, labels)
-        errors["raw"] = [relative(loss, truth), relative(gradient, exact[0].grad)]
-    for name, found in errors.items():
-        allowed = TOLERANCES["textbook bfloat16" if (name[-8:], case.dtype) == ("textbook", "bfloat16") else case.dtype]
-        if not all(error <= limit for error, limit in zip(found, allowed, strict=True)):
-            sys.exit(f"{case.shape} {case.dtype} {case.objective.name}: {name} is wrong: {found}, allowed {allowed}")
+        loss, _, gradient = raw_call(case.objective)(data[0].detach(), *data[1:])
+        errors["raw"] = check(case, "raw", (loss, gradient), truth)
     return errors
-
-
-def relative(found: Tensor | None, exact: Tensor | None) -> float:
-    assert found is not None
-    assert exact is not None
-    return ((found.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 # -- timing
 
 
-def sample_cpu(call: Callable[[], object], count: int) -> float:
+def sample(call: Callable[[], object], count: int) -> float:
     start = time.perf_counter()
     for _ in range(count):
         call()
     return (time.perf_counter() - start) / count
-
-
-def sampler_cuda() -> Callable[[Callable[[], object], int], float]:
-    """Device time by events; the second-level cache is flushed before each call."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-
-    def sample(call: Callable[[], object], count: int) -> float:
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-        for start, end in events:
-            flush.zero_()
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in events) / count / 1e3
-
-    return sample
 
 
 @contextmanager
@@ -242,8 +157,8 @@ def forced(isa: str | None, usual: str | None) -> Iterator[None]:
 def calls_per_sample(subject: Subject, bench: Bench) -> int:
     with forced(subject.isa, bench.isa):
         subject.call()
-        once = min(bench.sample(subject.call, 1) for _ in range(3))
-    return max(1, min(2000 if bench.device == "cpu" else 50, -int(-SAMPLE_SECONDS // once)))
+        once = min(sample(subject.call, 1) for _ in range(3))
+    return max(1, min(2000, -int(-SAMPLE_SECONDS // once)))
 
 
 def one_round(who: list[Subject], counts: dict[str, int], bench: Bench) -> dict[str, float]:
@@ -251,7 +166,7 @@ def one_round(who: list[Subject], counts: dict[str, int], bench: Bench) -> dict[
     for subject in who:
         with forced(subject.isa, bench.isa):
             subject.call()
-            times[subject.name] = bench.sample(subject.call, counts[subject.name])
+            times[subject.name] = sample(subject.call, counts[subject.name])
     return times
 
 
@@ -297,43 +212,33 @@ def measure(who: list[Subject], bench: Bench, seconds: float, least: int) -> dic
 
 
 def run_case(case: Case, bench: Bench) -> dict[str, Any]:
-    data = inputs(case, bench.device)
+    data = inputs(case, "cpu")
     ways = {**contenders(case.objective, case.against), "ours": ours(case.objective, bench.backend)}
-    errors = check(case, ways, data, bench)  # compiles, too
+    errors = checked(case, ways, data, bench)  # compiles, too
     who = subjects(case, ways, data, bench)
     seconds, least = (0.2, 2) if bench.quick else (14.0, 11) if case.goal else (6.0, 9)
     measured = measure(who, bench, seconds, least)
     torch._dynamo.reset()  # the next case's shapes are compiled as constants again
-    peaks = {"peak_mib": {s.name: peak_mib(s) for s in who}} if bench.device == "cuda" else {}
-    return report.record(case, measured, errors, bench) | peaks
-
-
-def peak_mib(subject: Subject) -> float:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    subject.call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return report.record(case, measured, errors, bench)
 
 
 # -- the run
 
 
 def parse() -> argparse.Namespace:
-    def several(allowed: tuple[str, ...]) -> dict[str, Any]:
+    def several(*allowed: str) -> dict[str, Any]:
         def of(text: str) -> list[str]:
             names = text.split(",")
             if not set(names) <= set(allowed):
                 raise argparse.ArgumentTypeError(f"use some of {','.join(allowed)}")
             return names
 
-        return {"type": of, "default": list(allowed), "metavar": "A,B"}
+        return {"type": of, "metavar": "A,B"}
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", **several(SHAPES))
-    parser.add_argument("--dtypes", **several(DTYPES))
-    parser.add_argument("--modes", **several(MODES))
+    parser.add_argument("--shapes", **several(*SHAPES, *CUDA_SHAPES))
+    parser.add_argument("--dtypes", **several(*DTYPES))
+    parser.add_argument("--modes", **several(*MODES))
     parser.add_argument("--full", action="store_true", help="every combination against everyone: hours")
     parser.add_argument("--quick", action="store_true", help="two rounds of each case: no figures to quote")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -342,9 +247,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ghz", type=float, help="clock for the port bound (default: measured)")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the table (default: results/ for whole runs)")
     args = parser.parse_args()
-    args.whole = not args.quick and all(
-        getattr(args, name) == parser.get_default(name) for name in ("shapes", "dtypes", "modes", "threads")
-    )
+    args.whole = not args.quick and args.threads == parser.get_default("threads")
+    everything = {"shapes": SHAPES if args.device == "cpu" else CUDA_SHAPES, "dtypes": DTYPES, "modes": MODES}
+    for name, values in everything.items():
+        args.whole &= getattr(args, name) is None
+        setattr(args, name, getattr(args, name) or list(values))
     return args
 
 
@@ -358,41 +265,43 @@ def prepare_process(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> Bench:
-    compiled = args.device in available_backends()
-    if not compiled:
-        print(f"no compiled op for {args.device}: timing the reference; these are no figures of kdcore", flush=True)
-    isa, lower = ("cuda" if compiled else None), ()
-    if compiled and args.device == "cpu":
+    compiled = "cpu" in available_backends()
+    isa, lower = None, ()
+    if compiled:
         from kdcore import _C
 
         isa, isas = _C.cpu_isa(), tuple(_C.available_isas())  # the least first
         lower = isas[: isas.index(isa)]
-    limits = Limits(args.threads) if args.device == "cpu" else None
+    else:
+        print("no compiled op: timing the reference; these are no figures of kdcore", flush=True)
+    limits = Limits(args.threads)
     return Bench(
-        device=args.device,
-        backend=args.device if compiled else "reference",
+        backend="cpu" if compiled else "reference",
         threads=args.threads,
         isa=isa,
         lower_isas=lower,
         limits=limits,
-        ghz=args.ghz or (limits.clock_ghz() if limits else 0.0),
+        ghz=args.ghz or limits.clock_ghz(),
         quick=args.quick,
-        sample=sample_cpu if args.device == "cpu" else sampler_cuda(),
     )
 
 
 def main() -> None:
     args = parse()
+    if args.device == "cuda":
+        bench_cuda.main(args)
+        return
     prepare_process(args)
     bench, start = prepare(args), time.monotonic()
-    about = report.machine(args, bench)
+    about = report.machine(args, bench.isa, bench.ghz)
     print(report.line(about), flush=True)
     records = []
     for case in chosen_cases(args):
         records.append(run_case(case, bench))
         print(report.progress(records[-1], time.monotonic() - start), flush=True)
     about["minutes"] = round((time.monotonic() - start) / 60, 1)
-    report.write(args, about, records)
+    about["goals"] = report.goals(records, bench.isa) if args.whole else []
+    report.write(args, about, records, report.tables(about, records))
 
 
 if __name__ == "__main__":

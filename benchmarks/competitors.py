@@ -6,6 +6,7 @@ have written them:
 * textbook: the formulas of the papers, one after the other, as research code publishes them;
 * careful A and B: someone who knows the numerics and counts passes (A: torch's fused functions; B: the teacher's
   part without a graph and the divergence from two sums); the better of both counts;
+* liger: LigerKLDIVLoss of liger_kernel, where that is installed;
 * analytic: loss and gradient derived by hand, one graph without autograd: the most one can give to torch.compile.
 """
 
@@ -51,14 +52,15 @@ class Objective:
 
 
 def contenders(objective: Objective, names: tuple[str, ...]) -> dict[str, Way]:
-    """Those named "eager X" or "compile X", ready to call; the compiled ones compile at their first call."""
+    """Those named "eager X", "compile X" or "reduce X"; the compiled ones compile at their first call."""
     return {name: _contender(objective, *name.split(" ", 1)) for name in names}
 
 
 def _contender(objective: Objective, how: str, which: str) -> Way:
     function: Callable[..., Any] = partial(SOURCES[which], objective=objective)
-    if how == "compile":
-        function = torch.compile(function, dynamic=False, fullgraph=True)
+    if how != "eager":
+        mode = "reduce-overhead" if how == "reduce" else None  # in CUDA graphs of torch's own
+        function = torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
     return partial(Analytic.apply, function) if which == "analytic" else function
 
 
@@ -290,11 +292,24 @@ def _shifted(u: Tensor, skip: Tensor | None, objective: Objective) -> Tensor:
     return u - (u if skip is None else torch.where(skip, -torch.inf, u)).amax(1, keepdim=True)
 
 
+# -- liger
+
+
+def liger(student: Tensor, teacher: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+    """Its divergence takes what log_softmax gives."""
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    s, t = (F.log_softmax(z.float() * (1 / objective.temperature), dim=1) for z in (student, teacher))
+    loss: Tensor = LigerKLDIVLoss(reduction="batchmean", log_target=True)(s, t) * objective.temperature**2
+    return loss
+
+
 SOURCES: dict[str, Callable[..., Any]] = {
     "textbook": textbook,
     "careful A": careful_a,
     "careful B": careful_b,
     "analytic": loss_and_gradient,
+    "liger": liger,
 }
 
 

@@ -42,7 +42,7 @@ Better = ("careful A", "careful B")  # the better of these two counts as careful
 def record(case: Any, measured: dict[str, Any], errors: dict[str, list[float]], bench: Any) -> Record:
     seconds = {name: np.array(values) for name, values in measured.pop("seconds").items()}
     found = {
-        "case": f"{case.objective.name} {case.dtype}",
+        "case": case.name,
         "shape": case.shape,
         "goal": case.goal,
         **measured,
@@ -303,7 +303,7 @@ def band(values: dict[str, float]) -> str:
 # -- the machine and the files
 
 
-def machine(args: argparse.Namespace, bench: Any) -> dict[str, Any]:
+def machine(args: argparse.Namespace, isa: str | None, ghz: float = 0.0) -> dict[str, Any]:
     cuda = torch.cuda.get_device_name(0) if args.device == "cuda" else None
     return {
         "processor": processor(),
@@ -312,8 +312,8 @@ def machine(args: argparse.Namespace, bench: Any) -> dict[str, Any]:
         "cores": sorted(os.sched_getaffinity(0)),
         "cores_of_machine": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "clock_ghz": rounded(bench.ghz),
-        "isa": bench.isa,
+        "clock_ghz": rounded(ghz),
+        "isa": isa,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "allocator": {name: os.environ.get(name) for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")},
         "kdcore": kdcore.__version__,
@@ -344,7 +344,7 @@ def git(*command: str) -> str:
 def line(about: dict[str, Any]) -> str:
     tuned = "allocator tuned" if about["allocator"]["MALLOC_MMAP_MAX_"] else "default allocator"
     return (
-        f"{about['gpu'] or about['processor']}, {about['threads']} threads on cores {about['cores']}, "
+        f"{about['processor']}, {about['threads']} threads on cores {about['cores']}, "
         f"{about['clock_ghz']} GHz, kdcore {about['kdcore']} ({about['isa']}), torch {about['torch']} "
         f"({about['torch_isa']}), {tuned}, commit {about['commit']} + {about['modified_files']} files, {about['date']}"
     )
@@ -358,10 +358,8 @@ def progress(found: Record, seconds: float) -> str:
     return f"{seconds:5.0f} s  {found['case']} {found['shape']}: ours {ours} ms; {', '.join(shown)}; {rounds}"
 
 
-def write(args: argparse.Namespace, about: dict[str, Any], records: list[Record]) -> None:
-    """Only a whole run is judged and, of the compiled op, goes to results/ unasked: a part must not replace it."""
-    about["goals"] = goals(records, about["isa"]) if args.whole else []
-    text = tables(about, records)
+def write(args: argparse.Namespace, about: dict[str, Any], records: list[Record], text: str) -> None:
+    """Only a whole run of the compiled op goes to results/ unasked: a part must not replace it."""
     print("\n" + text)
     folder = args.out or (ROOT / "benchmarks" / "results" if args.whole and about["isa"] else None)
     if folder is None:

@@ -286,6 +286,7 @@ def test_random_refuses_an_empty_or_too_wide_range(low: int, high: int):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_random_and_augmentation_are_the_same_on_a_gpu():
     images = torch.randn(256, 3, 32, 32)
     host, device = (Random(0, INDEX[:256].to(d), 1) for d in ("cpu", "cuda"))

@@ -15,6 +15,9 @@ pytestmark = [*on_a_gpu, needs_op]
 
 # one row, two classes, less and more than a block of threads and than a chunk of rows, more classes than 8192
 SHAPES = [(1, 2), (2, 2), (2, 7), (3, 13), (7, 100), (33, 64), (40, 1271), (70, 129), (300, 10), (1100, 21), (9, 8200)]
+# the bounds of csrc/cuda/plan.h: tiles of 256 threads and of 512, with whole words and without; rows of several blocks
+EDGES = [(33, 512), (33, 514), (20, 1024), (20, 1026), (12, 2048), (12, 2050), (12, 3001), (20, 4096), (9, 4104)]
+EDGES += [(5, 9001), (2, 40000), (2100, 40)]
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -29,7 +32,7 @@ both_losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @both_losses
 @pytest.mark.parametrize("ce_weight", [0.0, 0.7])
 def test_loss_gradient_and_parts_agree_with_float64(loss, mode, dtype, ce_weight):
-    for rows, classes in SHAPES:
+    for rows, classes in (*SHAPES, *EDGES):
         if mode == "class" and rows == 1:
             continue
         inputs = logits(rows, classes, dtype, seed=rows + classes)
@@ -46,6 +49,32 @@ def test_other_reductions_and_numbers_agree_with_float64(loss, mode, dtype, redu
     for temperature in (0.7, 8.0):
         inputs = logits(64, 100, dtype)
         check(loss, *inputs, normalize=mode, temperature=temperature, **kinds, **weights)
+
+
+@every_dtype
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_class_normalised_logits_that_need_their_maximum_agree_with_float64(dtype, reduction):
+    for rows, classes in [(300, 100), (300, 1271), (400, 4096), (300, 5001)]:
+        inputs = logits(rows, classes, dtype)
+        kinds = {"normalize": "class", "temperature": 0.3, "ce_weight": 0.5, "reduction": reduction}
+        check(dkd_loss, *inputs, where=f"{rows}x{classes}", **kinds)
+
+
+@every_dtype
+@every_mode
+@pytest.mark.parametrize("padding", [1, 3, 8, 16])
+def test_rows_apart_and_out_of_alignment_are_read_as_they_lie(mode, dtype, padding):
+    for rows, classes in [(33, 100), (12, 512), (5, 1030), (5, 4096), (3, 4500)]:
+        inputs = logits(rows, classes, dtype)
+        truth = exact(dkd_loss, *inputs, normalize=mode, ce_weight=0.5)
+        wide = torch.full((2, rows, classes + padding), torch.nan, dtype=dtype, device=DEVICE)
+        views = wide[:, :, padding // 2 : padding // 2 + classes]
+        for view, z in zip(views, inputs, strict=False):
+            view.copy_(z)
+        student = views[0].requires_grad_()  # `run` would copy it
+        value = dkd_loss(student, views[1], inputs[2].to(DEVICE), normalize=mode, ce_weight=0.5, backend=BACKEND)
+        check_value(dtype, value.detach().cpu(), truth.value)
+        check_grad(torch.autograd.grad(value, student)[0].cpu(), truth, where=f"{rows}x{classes}")
 
 
 @every_mode
@@ -129,13 +158,15 @@ def test_a_label_outside_the_classes_makes_the_loss_nan_and_touches_no_other_row
     inputs = on_device(student, teacher, target)
     assert run(loss, *inputs, **settings)[0].isnan()
     rows, grad, _ = run(loss, *inputs, reduction="none", **settings)
+    inputs[2][3] = 3
+    right, right_grad, _ = run(loss, *inputs, reduction="none", **settings)
     others = torch.arange(7, device=DEVICE) != 3
     assert rows[3].isnan()
-    assert rows[others].isfinite().all()
+    assert torch.equal(rows[others], right[others])
     assert grad[3].isnan().all()
     if mode != "class":  # whose statistics every row shares
-        assert grad[others].isfinite().all()
-    (torch.ones(3, device=DEVICE) + 1).sum().item()  # the device still works
+        assert torch.equal(grad[others], right_grad[others])
+    assert (torch.ones(3, device=DEVICE) + 1).sum().item() == 6  # the device still works
 
 
 @every_dtype
