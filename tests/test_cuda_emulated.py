@@ -19,9 +19,9 @@ from kdcore.losses._ops import numbers_tensor, record_bytes
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
-# one row of a tile, several, whole words and none, a tile of 512 threads, rows cut into splits
-SHAPES = [(2, 3), (5, 2), (33, 100), (64, 10), (70, 129), (7, 1000), (9, 1030), (5, 2052), (6, 5001)]
-LONG = [(1100, 24), (130, 513), (20, 4096), (4, 9001), (300, 260), (3, 40000)]
+# one row of a tile, several, whole words and none, eight classes to a thread, rows cut into splits
+SHAPES = [(2, 3), (5, 2), (33, 100), (64, 10), (70, 129), (7, 1000), (9, 1030), (5, 2048), (6, 5001)]
+LONG = [(1100, 24), (130, 513), (20, 2052), (4, 9001), (300, 260), (3, 40000)]
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -155,6 +155,40 @@ def test_a_cut_batch_with_shared_statistics_and_sums_is_one_batch(ops, dtype):
         assert count == rows - 1
         check_value(dtype, found * weight, truth.value)
         check_grad(grad, truth)
+
+
+@pytest.mark.parametrize("shape", [(600, 520), (1100, 300), (530, 24)], ids=str)
+def test_blocks_that_take_many_rows_in_turn_agree_with_float64(ops, shape):
+    inputs = logits(*shape, torch.float32)
+    ops.shuffle(True)
+    try:
+        check(dkd_loss, *inputs, normalize="class", ce_weight=0.5)
+    finally:
+        ops.shuffle(False)
+
+
+@both_losses
+@pytest.mark.parametrize("classes", [9, 5001])
+def test_a_label_that_is_no_class_makes_a_loss_by_class_nan(ops, loss, classes):
+    student, teacher, index = logits(6, classes, torch.float32)
+    index[2] = classes
+    arguments = common(student, teacher, index, decoupled=loss is dkd_loss)
+    value, _, grad = ops.fused(*arguments, True, True)
+    assert value.isnan()
+    assert grad.isnan().all()  # through the statistics, which all rows share
+
+
+def test_given_statistics_of_a_class_that_hardly_varies_leave_no_range():
+    student, teacher, index = logits(8, 12, torch.float32)
+    mean, var = torch.zeros(12), torch.full((12,), 1e-6)
+    check(dkd_loss, student, teacher, index, normalize="class", stats=(mean, var, mean, var), temperature=1.0)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.1, 1.0])
+def test_the_largest_value_that_a_class_can_have_at_any_temperature(temperature):
+    student, teacher, index = logits(64, 12, torch.float32)
+    student[5, 3] = teacher[5, 3] = 1e3
+    check(dkd_loss, student, teacher, index, normalize="class", temperature=temperature)
 
 
 @both_losses

@@ -12,10 +12,14 @@ struct Place {
   int lane, row;  // of the thread
 };
 
-__device__ inline Place place(const Plan& plan) {
-  const int64_t block = blockIdx.x;
+__device__ inline Place place_of(const Plan& plan, int64_t block) {
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
-  return {static_cast<int>(block % plan.tiles), block / plan.tiles % plan.chunks, lane, row};
+  return {static_cast<int>(block % plan.tiles), block / plan.tiles, lane, row};
+}
+
+// From the first chunk to the last, or down.
+__device__ inline Place place(const Plan& plan, bool down) {
+  return place_of(plan, down ? plan.tiles * plan.chunks - 1 - blockIdx.x : blockIdx.x);
 }
 
 template <int V, bool WIDE>
@@ -45,36 +49,39 @@ __device__ void merge(Moments<double>& all, const Moments<A>& next) {
 // sums are shifted by its first row: squares taken around anything far lose what they are away from it.
 template <class T, int V, bool WIDE, class A = Acc<T>>
 __global__ void __launch_bounds__(kThreads, 1)
-    col_moments(Shape shape, Logits s, Logits t, Plan plan, Moments<A>* out) {
+    col_moments(Shape shape, Logits s, Logits t, int sides, Plan plan, Moments<A>* out) {
   constexpr int kAhead = 4;  // rows that are read before they are used
   __shared__ Moments<A> slots[kRowLanes][kWarp * V];
-  const Place at = place(plan);
-  const int64_t side = blockIdx.x / (plan.tiles * plan.chunks), begin = at.chunk * plan.chunk;
+  const int64_t block = blockIdx.x / sides, side = blockIdx.x % sides;
+  const Place at = place_of(plan, block);
+  const int64_t begin = at.chunk * plan.chunk;
   const int64_t end = begin + plan.chunk < shape.rows ? begin + plan.chunk : shape.rows;
-  const Logits& z = side ? t : s;
+  const Logits z{side ? t.data : s.data, side ? t.stride : s.stride};
   const Columns<V, WIDE> columns = columns_at<V, WIDE>(at);
   const int classes = static_cast<int>(shape.classes);
   A count = 0, first[V] = {}, sum[V] = {}, square[V] = {};
   for (int64_t row = begin + at.row; row < end; row += kAhead * kRowLanes) {
-    A x[kAhead][V];
-    bool counts[kAhead];
+    Word<T, V> next[kAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int64_t r = row + i * kRowLanes;
-      counts[i] = r < end && !ignored(shape, r);
-      if (counts[i]) load<T, V, WIDE>(row_of<T>(z, r), columns, classes, x[i]);
+    for (int i = 0; i < kAhead; ++i) {  // read before it is used, also where the row does not count
+      if (row + i * kRowLanes < end) {
+        next[i] = fetch<T, V, WIDE>(row_of<T>(z, row + i * kRowLanes), columns, classes);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (!counts[i]) continue;
+      const int64_t r = row + i * kRowLanes;
+      if (r >= end || ignored(shape, r)) continue;
+      A x[V];
+      widen<T, V>(next[i], x);
       if (count == 0) {
 #pragma unroll
-        for (int k = 0; k < V; ++k) first[k] = x[i][k];
+        for (int k = 0; k < V; ++k) first[k] = x[k];
       }
       count += 1;
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        const A d = x[i][k] - first[k];
+        const A d = x[k] - first[k];
         sum[k] += d;
         square[k] += d * d;
       }
@@ -176,9 +183,10 @@ __device__ A slope(const RowFactors<A>& row, A u, A v) {
 
 // The gradient's sums over a chunk, of each class: of dL/dh, and of it times the exponent.
 template <class T, int V, bool WIDE, class A = Acc<T>>
-__global__ void __launch_bounds__(kThreads, 1) col_sums(Problem p, Plan plan, Work<A> w) {
+__global__ void __launch_bounds__(kThreads, 2) col_sums(Problem p, Plan plan, Work<A> w) {
+  constexpr int kAhead = 4;
   __shared__ A slots[2][kRowLanes][kWarp * V];
-  const Place at = place(plan);
+  const Place at = place(plan, false);
   const Columns<V, WIDE> columns = columns_at<V, WIDE>(at);
   const int64_t begin = at.chunk * plan.chunk;
   const int classes = static_cast<int>(p.shape.classes);
@@ -187,19 +195,31 @@ __global__ void __launch_bounds__(kThreads, 1) col_sums(Problem p, Plan plan, Wo
   of_s.load(w.of_s, columns, plan.padded);
   of_t.load(w.of_t, columns, plan.padded);
   A sum[V] = {}, tilt[V] = {};
-  for (int64_t up = begin + at.row; up < end; up += kRowLanes) {
-    const int64_t row = begin + end - 1 - up;  // backwards: the last rows are still in the cache
-    const RowFactors<A> f = w.factors[row];
-    if (!f.counts) continue;
-    A s[V], t[V];
-    load<T, V, WIDE>(row_of<T>(p.student, row), columns, classes, s);
-    load<T, V, WIDE>(row_of<T>(p.teacher, row), columns, classes, t);
+  for (int64_t from = begin + at.row; from < end; from += kAhead * kRowLanes) {
+    Word<T, V> next_s[kAhead], next_t[kAhead];
 #pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const A u = of_s(k, s[k]);
-      const A g = p.decoupled && columns[k] == f.label ? f.at_label : slope(f, u, of_t(k, t[k]));
-      sum[k] += g;
-      tilt[k] += g * u;
+    for (int i = 0; i < kAhead; ++i) {  // read before it is used, also where the row does not count
+      const int64_t row = from + i * kRowLanes;
+      if (row >= end) break;
+      next_s[i] = fetch<T, V, WIDE>(row_of<T>(p.student, row), columns, classes);
+      next_t[i] = fetch<T, V, WIDE>(row_of<T>(p.teacher, row), columns, classes);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t row = from + i * kRowLanes;
+      if (row >= end) break;
+      const RowFactors<A> f = w.factors[row];
+      if (!f.counts) continue;
+      A s[V], t[V];
+      widen<T, V>(next_s[i], s);
+      widen<T, V>(next_t[i], t);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        const A u = of_s(k, s[k]);
+        const A g = p.decoupled && columns[k] == f.label ? f.at_label : slope(f, u, of_t(k, t[k]));
+        sum[k] += g;
+        tilt[k] += g * u;
+      }
     }
   }
 #pragma unroll
@@ -248,6 +268,7 @@ __global__ void __launch_bounds__(kThreads, 1) finish(Problem p, Plan plan, Work
   const int64_t end = begin + each < w.partials ? begin + each : w.partials;
   double sum = 0, tilt = 0;
   if (column < p.shape.classes) {
+#pragma unroll 8
     for (int64_t k = begin; k < end; ++k) {
       sum += w.partial[2 * k * plan.padded + column];
       tilt += w.partial[(2 * k + 1) * plan.padded + column];

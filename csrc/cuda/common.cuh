@@ -92,6 +92,29 @@ struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Word {
   T item[V];
 };
 
+// The classes as they lie in memory, to be widened when they are used: several reads go out before the first comes
+// back. What is beyond the classes may be anything. A word that begins among them is aligned, so it lies in the same
+// piece of memory.
+template <class T, int V, bool WIDE>
+__device__ Word<T, V> fetch(const T* row, const Columns<V, WIDE>& at, int classes) {
+  Word<T, V> word{};
+  if constexpr (WIDE) {
+    if (at.first < classes) word = *reinterpret_cast<const Word<T, V>*>(row + at.first);
+  } else {
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      if (at[k] < classes) word.item[k] = row[at[k]];
+    }
+  }
+  return word;
+}
+
+template <class T, int V>
+__device__ void widen(const Word<T, V>& word, Acc<T> (&out)[V]) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) out[k] = Element<T>::widen(word.item[k]);
+}
+
 // 0 beyond the classes.
 template <class T, int V, bool WIDE>
 __device__ void load(const T* row, const Columns<V, WIDE>& at, int classes, Acc<T> (&out)[V]) {

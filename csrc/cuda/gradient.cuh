@@ -6,18 +6,20 @@ namespace kdcore::cuda {
 
 // Kind::shifted stands for both kinds of class coefficients: a bounded row's tops are 0.
 template <class T, int V, bool WIDE, Kind K, bool CE, class A = Acc<T>>
-__global__ void __launch_bounds__(kThreads, 1) gradient(Problem p, Plan plan, Work<A> w) {
-  const Place at = place(plan);
+__global__ void __launch_bounds__(kThreads, 2) gradient(Problem p, Plan plan, Work<A> w) {
+  constexpr int kAhead = 4;
+  // the other way than the pass before it: what that one read last is still in the cache
+  const Place at = place(plan, kByClass<K> && p.shape.classes > kTileClasses);
   const Columns<V, WIDE> columns = columns_at<V, WIDE>(at);
   const int64_t begin = at.chunk * plan.chunk;
   const int classes = static_cast<int>(p.shape.classes);
   const int64_t end = begin + plan.chunk < p.shape.rows ? begin + plan.chunk : p.shape.rows;
   const A count = larger<A>(p.count ? *static_cast<const A*>(p.count) : *w.count, 1);
-  const A exponent = w.count[1];
+  const A exponent = w.count[1], rate = 1 / exponent;
   A factor = p.grad_loss ? *static_cast<const A*>(p.grad_loss) : A{1};
   if (p.mean && !p.row_weight) factor /= count;
   Affine<A, V> of_s, of_t;
-  A level[V] = {}, tilt[V] = {}, gain[V];
+  A level[V] = {}, tilt[V] = {};
   if constexpr (kByClass<K>) {
     of_s.load(w.of_s, columns, plan.padded);
     of_t.load(w.of_t, columns, plan.padded);
@@ -29,28 +31,37 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(Problem p, Plan plan, Wo
     }
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      gain[k] = of_s.scale[k] / exponent;
       level[k] /= count;
-      // h is the exponent over exponent, here and in the sums, but for given ones
-      tilt[k] /= count * exponent * (p.sums ? A{1} : exponent);
+      // h is an exponent times rate, here and in the sums, but for given ones
+      tilt[k] *= rate * (p.sums ? A{1} : rate) / count;
     }
   }
-  for (int64_t row = begin + at.row; row < end; row += kRowLanes) {
-    const RowFactors<A> f = w.factors[row];
-    A dz[V] = {};
-    if (f.counts) {
-      A s[V], t[V];
-      load<T, V, WIDE>(row_of<T>(p.student, row), columns, classes, s);
-      load<T, V, WIDE>(row_of<T>(p.teacher, row), columns, classes, t);
+  for (int64_t from = begin + at.row; from < end; from += kAhead * kRowLanes) {
+    Word<T, V> next_s[kAhead], next_t[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {  // read before it is used, also where the row does not count
+      const int64_t row = from + i * kRowLanes;
+      if (row >= end) break;
+      next_s[i] = fetch<T, V, WIDE>(row_of<T>(p.student, row), columns, classes);
+      next_t[i] = fetch<T, V, WIDE>(row_of<T>(p.teacher, row), columns, classes);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t row = from + i * kRowLanes;
+      if (row >= end) break;
+      const RowFactors<A> f = w.factors[row];
       RowAffine<A> own{exponent, exponent, 0, 0, 1, 0, 0};
       if constexpr (K == Kind::instance) own = w.affines[row];
+      A dz[V] = {}, s[V], t[V];
+      widen<T, V>(next_s[i], s);
+      widen<T, V>(next_t[i], t);
 #pragma unroll
-      for (int k = 0; k < V; ++k) {
+      for (int k = 0; f.counts && k < V; ++k) {
         const bool at_label = columns[k] == f.label;
         const A u = kByClass<K> ? of_s(k, s[k]) - f.top_s : (s[k] - f.top_s) * own.scale_s;
         const A v = kByClass<K> ? of_t(k, t[k]) - f.top_t : (t[k] - f.top_t) * own.scale_t;
         A g = p.decoupled && at_label ? f.at_label : f.student * power2(u) - f.teacher * power2(v);
-        if constexpr (kByClass<K>) g = (g - level[k] - (u + f.top_s) * tilt[k]) * gain[k];
+        if constexpr (kByClass<K>) g = (g - level[k] - (u + f.top_s) * tilt[k]) * (of_s.scale[k] * rate);
         if constexpr (K == Kind::instance) g = g * own.gain - ((s[k] - own.mean) - own.rest) * own.spread;
         if constexpr (CE) {
           const A e = power2((s[k] - f.top_raw) * static_cast<A>(kLog2e));
@@ -58,8 +69,8 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(Problem p, Plan plan, Wo
         }
         dz[k] = g * factor;
       }
+      store<T, V, WIDE>(static_cast<T*>(p.grad) + row * classes, columns, classes, dz);
     }
-    store<T, V, WIDE>(static_cast<T*>(p.grad) + row * classes, columns, classes, dz);
   }
 }
 

@@ -31,9 +31,7 @@ auto with_bool(bool value, F f) {
 }
 
 template <class T>
-constexpr int kVector = sizeof(T) == 8   ? 2
-                        : sizeof(T) == 4 ? 4
-                                         : 8;  // as in plan.h
+constexpr int kVector = sizeof(T) == 8 ? 2 : 4;  // as in plan.h
 
 // Cuts a block of memory into arrays. From null it only measures.
 class Carver {
@@ -92,8 +90,8 @@ int alignment(std::initializer_list<uint64_t> numbers) {
 
 uint64_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
-// Whether no exponential of class-normalised logits needs a maximum: Samuelson's inequality, for the batch's own
-// statistics.
+// Whether no exponential of class-normalised logits needs a maximum: Samuelson's inequality,
+// for the batch's own statistics.
 bool is_bounded(const Problem& p) {
   if (p.normalize != Normalize::per_class || p.stats) return false;
   return std::sqrt(static_cast<double>(p.shape.rows)) <= kLargestExponent * p.temperature;
@@ -165,25 +163,22 @@ void find_statistics(const Problem& p, const Plan& plan, const Work<A>& w, Queue
     return queue.run(use_stats<A>, ceil_div(plan.padded, kThreads), kThreads, p.stats, plan, classes, p.eps, w);
   with_bool(plan.wide, [&](auto wide) {
     queue.run(col_moments<T, kVector<T>, wide>, 2 * plan.tiles * plan.chunks, kThreads, p.shape, p.student, p.teacher,
-              plan, w.moments);
+              2, plan, w.moments);
   });
   queue.run(merge_moments<A>, 2 * plan.padded / kWarp, kThreads, plan, classes, p.eps, w);
 }
 
-template <class T, class S, bool WIDE, class A = Acc<T>>
-void run_tile(const Problem& p, const Plan& plan, const Work<A>& w, Queue& queue) {
-  with_bool(p.cross_entropy,
-            [&](auto ce) { queue.run(tile_rows<T, S, WIDE, ce>, plan.row_chunks, plan.threads(), p, plan, w); });
-}
-
 template <class T, class S, class A = Acc<T>>
 void run_tile(const Problem& p, const Plan& plan, const Work<A>& w, Queue& queue) {
-  with_bool(plan.row_wide, [&](auto wide) { run_tile<T, S, wide>(p, plan, w, queue); });
+  with_bool(plan.row_wide, [&](auto wide) {
+    with_bool(p.cross_entropy,
+              [&](auto ce) { queue.run(tile_rows<T, S, wide, ce>, plan.row_chunks, plan.threads(), p, plan, w); });
+  });
 }
 
 template <class T, Kind K, class A = Acc<T>>
 void run_rows(const Problem& p, const Plan& plan, const Work<A>& w, Queue& queue) {
-  constexpr int R = kByClass<K> ? 4 : 1;
+  constexpr int R = kByClass<K> ? 2 : 1;
   with_bool(p.cross_entropy, [&](auto ce) {
     with_bool(plan.row_wide, [&](auto wide) {
       queue.run(row_sums<T, kVector<T>, wide, K, ce, R>, plan.row_chunks * plan.splits, kThreads, p, plan, w);
@@ -199,8 +194,7 @@ void find_rows(const Problem& p, const Plan& plan, const Work<A>& w, Queue& queu
       return run_tile<T, DoubleTile>(p, plan, w, queue);
     } else {
       if (plan.row_vector == NarrowTile::vector) return run_tile<T, NarrowTile>(p, plan, w, queue);
-      if (plan.across <= MiddleTile::threads) return run_tile<T, MiddleTile>(p, plan, w, queue);
-      return run_tile<T, WideTile, true>(p, plan, w, queue);
+      return run_tile<T, WideTile>(p, plan, w, queue);
     }
   }
   switch (kind_of(p)) {
@@ -304,7 +298,7 @@ cudaError_t col_stats(const ColStats& problem, void* workspace, cudaStream_t str
     Queue queue(stream);
     with_bool(plan.wide, [&](auto wide) {
       queue.run(col_moments<T, kVector<T>, wide>, plan.tiles * plan.chunks, kThreads, problem.shape, problem.logits,
-                problem.logits, plan, moments);
+                problem.logits, 1, plan, moments);
     });
     queue.run(write_moments<A>, ceil_div(problem.shape.classes, kWarp), kThreads, plan, moments, problem);
     return queue.error();

@@ -9,10 +9,10 @@ enum class Dtype { f32, f64, f16, bf16 };
 enum class Normalize { none, per_class, instance };  // the order is that of the ops' argument
 
 constexpr int kWarp = 32;
-constexpr int kThreads = 256;                // of a block; of the widest tiles twice as many
+constexpr int kThreads = 256;                // of a block
 constexpr int kRowLanes = kThreads / kWarp;  // rows side by side in a pass over columns
 constexpr int64_t kColumnPad = 128;          // arrays over classes are padded to it: wide words never cross their end
-constexpr int64_t kTileClasses = 4096;       // a block has at most so many classes in its registers
+constexpr int64_t kTileClasses = 2048;       // a block has at most so many classes in its registers
 constexpr double kLargestExponent = 40;      // of e; up to it no sum or product of exponentials leaves float's range
 
 // What the cut depends on. alignment: bytes, a power of two up to 16, that divides every address and row in use.
@@ -52,14 +52,13 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
-// The configuration of a tile: V classes of a thread, R rows at a time, in blocks of at most THREADS threads.
+// The configuration of a tile: V classes of a thread, R rows at a time, in blocks of at most THREADS.
 template <int V, int R, int THREADS>
 struct TileShape {
   static constexpr int vector = V, batch = R, threads = THREADS;
 };
-using NarrowTile = TileShape<4, 2, kThreads>;    // up to 1024 classes
-using MiddleTile = TileShape<8, 1, kThreads>;    // up to 2048
-using WideTile = TileShape<8, 1, 2 * kThreads>;  // up to kTileClasses, read as whole words
+using NarrowTile = TileShape<4, 1, kThreads>;    // up to 1024 classes
+using WideTile = TileShape<8, 1, kThreads>;    // up to kTileClasses
 using DoubleTile = TileShape<2, 1, kThreads>;    // float64, up to 512
 
 inline bool is_wide(const Cut& cut, int vector) {
@@ -70,15 +69,13 @@ inline bool is_wide(const Cut& cut, int vector) {
 inline Plan make_plan(const Cut& cut) {
   Plan plan{};
   plan.padded = round_up(cut.classes, kColumnPad);
-  plan.vector = cut.itemsize == 8 ? 2 : cut.itemsize == 4 ? 4 : 8;
+  plan.vector = cut.itemsize == 8 ? 2 : 4;
   plan.wide = is_wide(cut, plan.vector);
   plan.tiles = ceil_div(cut.classes, kWarp * plan.vector);
   plan.chunk = clamp(round_up(ceil_div(cut.rows * plan.tiles, 256), kRowLanes), 4 * kRowLanes, 1024);
   plan.chunks = ceil_div(cut.rows, plan.chunk);
 
-  const int64_t most = cut.itemsize == 8                ? DoubleTile::vector * DoubleTile::threads
-                       : is_wide(cut, WideTile::vector) ? kTileClasses
-                                                        : MiddleTile::vector * MiddleTile::threads;
+  const int64_t most = cut.itemsize == 8 ? DoubleTile::vector * DoubleTile::threads : kTileClasses;
   plan.tiled = cut.sums && cut.by_class && cut.bounded && cut.classes <= most;
   plan.splits = 1;
   plan.segment = cut.classes;
@@ -92,9 +89,11 @@ inline Plan make_plan(const Cut& cut) {
     plan.row_chunk = clamp(round_up(ceil_div(cut.rows, 256), step), step, round_up(256, step));
   } else {
     plan.row_vector = plan.vector;
-    plan.batch = cut.by_class ? 4 : 1;
+    plan.batch = cut.by_class ? 2 : 1;
     plan.across = kWarp;
-    while (plan.across < kThreads && plan.across * plan.row_vector < cut.classes) plan.across *= 2;
+    // more rows side by side share each class's coefficients in the cache
+    const int most = cut.by_class ? 2 * kWarp : kThreads;
+    while (plan.across < most && plan.across * plan.row_vector < cut.classes) plan.across *= 2;
     plan.groups = kThreads / plan.across;
     plan.row_chunk = plan.groups * plan.batch;
     const int64_t blocks = ceil_div(cut.rows, plan.row_chunk), span = plan.across * plan.row_vector;

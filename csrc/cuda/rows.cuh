@@ -96,8 +96,9 @@ __device__ Standard<A> standardise(const Logits& z, int64_t row, const Row<A>& f
 
 // Rows of a block, plan.batch of each of its groups at once, over the classes of its segment.
 template <class T, int V, bool WIDE, Kind K, bool CE, int R, class A = Acc<T>>
-__global__ void __launch_bounds__(kThreads, 1) row_sums(Problem p, Plan plan, Work<A> w) {
-  const int64_t split = blockIdx.x % plan.splits, block = blockIdx.x / plan.splits;
+__global__ void __launch_bounds__(kThreads, 2) row_sums(Problem p, Plan plan, Work<A> w) {
+  // from the last rows to the first: those are still in the cache
+  const int64_t split = blockIdx.x % plan.splits, block = plan.row_chunks - 1 - blockIdx.x / plan.splits;
   const int group = threadIdx.x / plan.across, x = threadIdx.x % plan.across;
   const int64_t first = block * plan.row_chunk + group * R;
   const int classes = static_cast<int>(p.shape.classes), begin = static_cast<int>(split * plan.segment);
@@ -123,12 +124,19 @@ __global__ void __launch_bounds__(kThreads, 1) row_sums(Problem p, Plan plan, Wo
       of_s.load(w.of_s, at, plan.padded);
       of_t.load(w.of_t, at, plan.padded);
     }
+    Word<T, V> next_s[R], next_t[R];
+#pragma unroll
+    for (int i = 0; i < R; ++i) {  // read before it is used, also where the row does not count
+      if (first + i >= p.shape.rows) break;
+      next_s[i] = fetch<T, V, WIDE>(row_of<T>(p.student, first + i), at, end);
+      next_t[i] = fetch<T, V, WIDE>(row_of<T>(p.teacher, first + i), at, end);
+    }
 #pragma unroll
     for (int i = 0; i < R; ++i) {
       if (!rows[i].counts) continue;
       A s[V], t[V], u[V], v[V], e_u[V], e_v[V];
-      load<T, V, WIDE>(row_of<T>(p.student, first + i), at, end, s);
-      load<T, V, WIDE>(row_of<T>(p.teacher, first + i), at, end, t);
+      widen<T, V>(next_s[i], s);
+      widen<T, V>(next_t[i], t);
       if constexpr (kOnline<K>) {
         A top_s = sum[i].top_s, top_t = sum[i].top_t;
 #pragma unroll

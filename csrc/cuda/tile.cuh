@@ -4,60 +4,92 @@
 
 namespace kdcore::cuda {
 
+// What a row's factors take beside its sums, read while those are still being added up: the exponentials of its label.
+template <class A>
+struct Own {
+  A s, t, beta, weight;
+};
+
+template <class T, class A = Acc<T>>
+__device__ Own<A> own_of(const Problem& p, const Work<A>& w, const Row<A>& found, int64_t row) {
+  const A weight = p.row_weight ? static_cast<const A*>(p.row_weight)[row] : A{1};
+  Own<A> own{0, 0, 0, weight * static_cast<A>(p.kd_weight * p.temperature)};
+  if (p.shape.index && found.label < 0) own.weight = NAN;  // no class: all of the row is NaN
+  if (!p.decoupled || found.label < 0) return own;
+  const int y = found.label;
+  const A s = element<T>(p.student, row, y), t = element<T>(p.teacher, row, y);
+  own.s = power2((s - w.of_s.mean[y]) * w.of_s.scale[y] + w.of_s.offset[y]);
+  own.t = power2((t - w.of_t.mean[y]) * w.of_t.scale[y] + w.of_t.offset[y]);
+  own.beta = p.row_beta ? static_cast<const A*>(p.row_beta)[row] : static_cast<A>(p.beta);
+  if (p.shape.classes == 2) own.beta = 0;
+  return own;
+}
+
 // The factors of a row whose exponentials need no shift, as finish_row has them in double precision.
 template <class A>
 struct Slopes {
   A student, teacher, at_label;
 };
 
-template <class T, class A = Acc<T>>
-__device__ Slopes<A> slopes(const Problem& p, const Work<A>& w, const Row<A>& found, int64_t row, A zs, A zt) {
-  const A weight = static_cast<A>((p.row_weight ? static_cast<const A*>(p.row_weight)[row] : A{1}) *
-                                  static_cast<A>(p.kd_weight * p.temperature));
-  if (!p.decoupled) return {weight / zs, weight / zt, 0};
-  if (found.label < 0) return {NAN, NAN, NAN};
-  const A s = element<T>(p.student, row, found.label), t = element<T>(p.teacher, row, found.label);
-  const int y = found.label;
-  const A own_s = power2((s - w.of_s.mean[y]) * w.of_s.scale[y] + w.of_s.offset[y]);
-  const A own_t = power2((t - w.of_t.mean[y]) * w.of_t.scale[y] + w.of_t.offset[y]);
-  const A all_s = zs + own_s, all_t = zt + own_t;
+template <class A>
+__device__ Slopes<A> slopes(const Problem& p, const Own<A>& own, A zs, A zt) {
+  if (!p.decoupled) return {own.weight / zs, own.weight / zt, 0};
+  const A all_s = zs + own.s, all_t = zt + own.t;
   // p_s - p_t from the smaller tails, where nothing cancels
-  const bool sure = own_s > zs && own_t > zt;
-  const A label = static_cast<A>(p.alpha) * (sure ? zt / all_t - zs / all_s : own_s / all_s - own_t / all_t);
-  A beta = p.row_beta ? static_cast<const A*>(p.row_beta)[row] : static_cast<A>(p.beta);
-  if (p.shape.classes == 2) beta = 0;
-  return {weight * (beta - label) / zs, weight * beta / zt, weight * label};
+  const bool sure = own.s > zs && own.t > zt;
+  const A label = static_cast<A>(p.alpha) * (sure ? zt / all_t - zs / all_s : own.s / all_s - own.t / all_t);
+  return {own.weight * (own.beta - label) / zs, own.weight * own.beta / zt, own.weight * label};
 }
 
 template <class T, class S, bool WIDE, bool CE, class A = Acc<T>>
-__global__ void __launch_bounds__(S::threads, 1)
+__global__ void __launch_bounds__(S::threads, S::vector == 8 ? 1 : 2)
     tile_rows(const __grid_constant__ Problem p, const __grid_constant__ Plan plan, const __grid_constant__ Work<A> w) {
   constexpr int V = S::vector, R = S::batch, kWarps = S::threads / kWarp;
+  constexpr bool kEarly = V < 8;  // reads the next rows, and the label's logits, ahead: there are registers for them
   __shared__ RowSum<A> slots[2][kWarps][R];
-  __shared__ A merged[2][kThreads * V];  // where groups share a block, it has no more threads
+  __shared__ A merged[2][kThreads * V];
   const int group = threadIdx.x / plan.across, x = threadIdx.x % plan.across, warps = plan.across / kWarp;
   const int classes = static_cast<int>(p.shape.classes);
-  const int64_t begin = blockIdx.x * plan.row_chunk;
+  const int64_t block = plan.row_chunks - 1 - blockIdx.x;  // the last rows are still in the cache
+  const int64_t begin = block * plan.row_chunk;
   const int64_t end = begin + plan.row_chunk < p.shape.rows ? begin + plan.row_chunk : p.shape.rows;
   const Columns<V, WIDE> at = columns_of<V, WIDE>(0, x, plan.across);
   Affine<A, V> of_s, of_t;
   of_s.load(w.of_s, at, plan.padded);
   of_t.load(w.of_t, at, plan.padded);
   A sums[V] = {}, tilts[V] = {};
+  Word<T, V> next_s[R], next_t[R];
+  const auto read = [&](int64_t row, Word<T, V>& s, Word<T, V>& t) {
+    if (row >= end) return;
+    s = fetch<T, V, WIDE>(row_of<T>(p.student, row), at, classes);
+    t = fetch<T, V, WIDE>(row_of<T>(p.teacher, row), at, classes);
+  };
+#pragma unroll
+  for (int i = 0; kEarly && i < R; ++i) read(begin + group * R + i, next_s[i], next_t[i]);
   int buffer = 0;
   for (int64_t from = begin; from < end; from += plan.groups * R, buffer ^= 1) {
     const int64_t first = from + group * R;
     Row<A> rows[R];
     RowSum<A> sum[R];
+    Own<A> own[R];
+    Word<T, V> now_s[R], now_t[R];
     A u[R][V], e_u[R][V], e_v[R][V];
+#pragma unroll
+    for (int i = 0; kEarly && i < R; ++i) {
+      now_s[i] = next_s[i];
+      now_t[i] = next_t[i];
+      read(first + plan.groups * R + i, next_s[i], next_t[i]);
+    }
 #pragma unroll
     for (int i = 0; i < R; ++i) {
       rows[i] = row_at<T, CE>(p, first + i, end);
       sum[i] = no_sum<A>();
       if (!rows[i].counts) continue;
+      if (!kEarly) read(first + i, now_s[i], now_t[i]);
+      if (kEarly) own[i] = own_of<T>(p, w, rows[i], first + i);
       A s[V], t[V], v[V];
-      load<T, V, WIDE>(row_of<T>(p.student, first + i), at, classes, s);
-      load<T, V, WIDE>(row_of<T>(p.teacher, first + i), at, classes, t);
+      widen<T, V>(now_s[i], s);
+      widen<T, V>(now_t[i], t);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         u[i][k] = of_s(k, s[k]);
@@ -76,18 +108,16 @@ __global__ void __launch_bounds__(S::threads, 1)
 #pragma unroll
     for (int i = 0; i < R; ++i) {
       if (!rows[i].counts) continue;
-      RowSum<A> all = slots[buffer][group * warps][i];
-      if (x == 0) {
-        for (int k = 1; k < warps; ++k)
-          merge_rows<A, Kind::bounded, CE>(all, slots[buffer][group * warps + k][i], 1, 1);
+      const RowSum<A>(*const of_warp)[R] = slots[buffer] + group * warps;
+      A zs = of_warp[0][i].zs, zt = of_warp[0][i].zt;
+      for (int k = 1; k < warps; ++k) zs += of_warp[k][i].zs, zt += of_warp[k][i].zt;
+      if (x == i % warps * kWarp) {  // all of the row's sums, by another warp for each row
+        RowSum<A> all = of_warp[0][i];
+        for (int k = 1; k < warps; ++k) merge_rows<A, Kind::bounded, CE>(all, of_warp[k][i], 1, 1);
         w.row_sums[first + i] = all;
-      } else {
-        for (int k = 1; k < warps; ++k) {
-          all.zs += slots[buffer][group * warps + k][i].zs;
-          all.zt += slots[buffer][group * warps + k][i].zt;
-        }
       }
-      const Slopes<A> of = slopes<T>(p, w, rows[i], first + i, all.zs, all.zt);
+      if (!kEarly) own[i] = own_of<T>(p, w, rows[i], first + i);
+      const Slopes<A> of = slopes(p, own[i], zs, zt);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         const A g = at[k] == rows[i].skip ? of.at_label : of.student * e_u[i][k] - of.teacher * e_v[i][k];
@@ -96,7 +126,7 @@ __global__ void __launch_bounds__(S::threads, 1)
       }
     }
   }
-  A* const out = w.partial + 2 * blockIdx.x * plan.padded;
+  A* const out = w.partial + 2 * block * plan.padded;
   if (plan.groups > 1) {
     const int wide = plan.across * V;
 #pragma unroll
@@ -123,7 +153,7 @@ __global__ void __launch_bounds__(S::threads, 1)
   for (int64_t row = begin + threadIdx.x; row < end; row += blockDim.x) {
     finish_row<T>(p, w, row, ignored(p.shape, row) ? no_sum<A>() : w.row_sums[row], totals);
   }
-  block_totals(totals, w.totals + blockIdx.x * int64_t{kTotals});
+  block_totals(totals, w.totals + block * kTotals);
 }
 
 }  // namespace kdcore::cuda

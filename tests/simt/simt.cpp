@@ -94,15 +94,26 @@ bool release(unsigned threads) {
   return true;
 }
 
+// One step of each thread that can take one. In a random order, one warp runs ahead of the others as far as it can.
+void step(std::vector<unsigned>& threads) {
+  if (shuffled) std::shuffle(threads.begin(), threads.end(), order);
+  const auto ready = [](unsigned thread) { return states[thread] == State::ready; };
+  const auto first = std::find_if(threads.begin(), threads.end(), ready);
+  if (first == threads.end()) return;
+  const unsigned warp = *first / kLanes;
+  for (unsigned thread : threads) {
+    if (ready(thread) && (!shuffled || thread / kLanes == warp)) resume(thread);
+  }
+}
+
 void run_block(std::vector<unsigned>& threads) {
   std::fill_n(states, threads.size(), State::ready);
   for (;;) {
-    if (shuffled) std::shuffle(threads.begin(), threads.end(), order);
-    for (unsigned thread : threads) {
-      if (states[thread] == State::ready) resume(thread);
-    }
+    step(threads);
     if (std::all_of(states, states + threads.size(), [](State state) { return state == State::done; })) return;
-    if (!release(threads.size())) fail("threads wait for others that do not come");
+    const bool released = release(threads.size());
+    const bool ready = std::any_of(states, states + threads.size(), [](State state) { return state == State::ready; });
+    if (!released && !ready) fail("threads wait for others that do not come");
   }
 }
 
