@@ -183,7 +183,7 @@ __device__ A slope(const RowFactors<A>& row, A u, A v) {
 
 // The gradient's sums over a chunk, of each class: of dL/dh, and of it times the exponent.
 template <class T, int V, bool WIDE, class A = Acc<T>>
-__global__ void __launch_bounds__(kThreads, 2) col_sums(Problem p, Plan plan, Work<A> w) {
+__global__ void __launch_bounds__(kThreads, kBlocks<A>) col_sums(Problem p, Plan plan, Work<A> w) {
   constexpr int kAhead = 4;
   __shared__ A slots[2][kRowLanes][kWarp * V];
   const Place at = place(plan, false);

@@ -49,6 +49,10 @@ struct Element<__nv_bfloat16> {
 template <class T>
 using Acc = typename Element<T>::Acc;
 
+// Blocks that a processor is to hold at once, which limits registers: half as many in double precision.
+template <class A>
+constexpr int kBlocks = sizeof(A) == 8 ? 1 : 2;
+
 // Powers of 2. float: 2 units in the last place, results below 2^-126 are 0.
 __device__ inline double power2(double x) { return exp2(x); }
 __device__ inline float power2(float x) {

@@ -6,7 +6,7 @@ namespace kdcore::cuda {
 
 // Kind::shifted stands for both kinds of class coefficients: a bounded row's tops are 0.
 template <class T, int V, bool WIDE, Kind K, bool CE, class A = Acc<T>>
-__global__ void __launch_bounds__(kThreads, 2) gradient(Problem p, Plan plan, Work<A> w) {
+__global__ void __launch_bounds__(kThreads, kBlocks<A>) gradient(Problem p, Plan plan, Work<A> w) {
   constexpr int kAhead = 4;
   // the other way than the pass before it: what that one read last is still in the cache
   const Place at = place(plan, kByClass<K> && p.shape.classes > kTileClasses);

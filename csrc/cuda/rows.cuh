@@ -96,7 +96,7 @@ __device__ Standard<A> standardise(const Logits& z, int64_t row, const Row<A>& f
 
 // Rows of a block, plan.batch of each of its groups at once, over the classes of its segment.
 template <class T, int V, bool WIDE, Kind K, bool CE, int R, class A = Acc<T>>
-__global__ void __launch_bounds__(kThreads, 2) row_sums(Problem p, Plan plan, Work<A> w) {
+__global__ void __launch_bounds__(kThreads, kBlocks<A>) row_sums(Problem p, Plan plan, Work<A> w) {
   // from the last rows to the first: those are still in the cache
   const int64_t split = blockIdx.x % plan.splits, block = plan.row_chunks - 1 - blockIdx.x / plan.splits;
   const int group = threadIdx.x / plan.across, x = threadIdx.x % plan.across;

@@ -42,7 +42,7 @@ __device__ Slopes<A> slopes(const Problem& p, const Own<A>& own, A zs, A zt) {
 }
 
 template <class T, class S, bool WIDE, bool CE, class A = Acc<T>>
-__global__ void __launch_bounds__(S::threads, S::vector == 8 ? 1 : 2)
+__global__ void __launch_bounds__(S::threads, S::vector == 4 ? 2 : 1)
     tile_rows(const __grid_constant__ Problem p, const __grid_constant__ Plan plan, const __grid_constant__ Work<A> w) {
   constexpr int V = S::vector, R = S::batch, kWarps = S::threads / kWarp;
   constexpr bool kEarly = V < 8;  // reads the next rows, and the label's logits, ahead: there are registers for them
