@@ -12,8 +12,7 @@ struct Own {
 
 template <class T, class A = Acc<T>>
 __device__ Own<A> own_of(const Problem& p, const Work<A>& w, const Row<A>& found, int64_t row) {
-  const A weight = p.row_weight ? static_cast<const A*>(p.row_weight)[row] : A{1};
-  Own<A> own{0, 0, 0, weight * static_cast<A>(p.kd_weight * p.temperature)};
+  Own<A> own{0, 0, 0, static_cast<A>(p.kd_weight * p.temperature)};  // weights of rows come with given statistics alone
   if (p.shape.index && found.label < 0) own.weight = NAN;  // no class: all of the row is NaN
   if (!p.decoupled || found.label < 0) return own;
   const int y = found.label;

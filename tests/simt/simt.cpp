@@ -94,15 +94,30 @@ bool release(unsigned threads) {
   return true;
 }
 
-// One step of each thread that can take one. In a random order, one warp runs ahead of the others as far as it can.
-void step(std::vector<unsigned>& threads) {
-  if (shuffled) std::shuffle(threads.begin(), threads.end(), order);
-  const auto ready = [](unsigned thread) { return states[thread] == State::ready; };
-  const auto first = std::find_if(threads.begin(), threads.end(), ready);
+bool is_ready(unsigned thread) { return states[thread] == State::ready; }
+
+// Runs a random warp as far as it can go alone: the others are then behind by as much as barriers allow.
+void run_ahead(const std::vector<unsigned>& threads) {
+  const auto first = std::find_if(threads.begin(), threads.end(), is_ready);
   if (first == threads.end()) return;
-  const unsigned warp = *first / kLanes;
+  const unsigned warp = *first / kLanes * kLanes;
+  const auto waits = [](State state) { return state == State::at_shuffle; };
+  do {
+    std::replace(states + warp, states + warp + kLanes, State::at_shuffle, State::ready);
+    for (unsigned thread : threads) {
+      if (thread / kLanes * kLanes == warp && is_ready(thread)) resume(thread);
+    }
+  } while (std::all_of(states + warp, states + warp + kLanes, waits));
+}
+
+// One step of each thread that can take one.
+void step(std::vector<unsigned>& threads) {
+  if (shuffled) {
+    std::shuffle(threads.begin(), threads.end(), order);
+    return run_ahead(threads);
+  }
   for (unsigned thread : threads) {
-    if (ready(thread) && (!shuffled || thread / kLanes == warp)) resume(thread);
+    if (is_ready(thread)) resume(thread);
   }
 }
 
@@ -112,8 +127,8 @@ void run_block(std::vector<unsigned>& threads) {
     step(threads);
     if (std::all_of(states, states + threads.size(), [](State state) { return state == State::done; })) return;
     const bool released = release(threads.size());
-    const bool ready = std::any_of(states, states + threads.size(), [](State state) { return state == State::ready; });
-    if (!released && !ready) fail("threads wait for others that do not come");
+    if (!released && std::none_of(threads.begin(), threads.end(), is_ready))
+      fail("threads wait for others that do not come");
   }
 }
 
