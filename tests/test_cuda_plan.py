@@ -9,7 +9,7 @@ from losses_table import _C, needs_compiled
 pytestmark = needs_compiled
 
 WARP, THREADS, GRID = 32, 256, 2**31
-many = settings(max_examples=5000, deadline=None)
+many = settings(max_examples=1500, deadline=None)
 cuts = {
     "rows": st.integers(0, 2_000_000) | st.integers(0, 300),
     "classes": st.integers(2, 300_000) | st.integers(2, 5000),
