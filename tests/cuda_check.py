@@ -77,10 +77,10 @@ def readable(names: list[str]) -> list[str]:
 
 
 def family(name: str) -> tuple[str, str]:
-    """A kernel's name, and the type of the logits that this one is for."""
+    """A kernel's name, with the classes of its threads where there are tiles of several, and its logits' type."""
     base, _, rest = name.partition("<")
-    tile = re.search(r"TileShape<[^>]*?(\d+)[^>]*?(\d+)[^>]*?(\d+)>", rest)
-    return f"{base} of {tile[3]} threads, {tile[1]} classes each" if tile else base, rest.partition(",")[0].strip("<> ")
+    dtype, *others = [part.strip() for part in rest.strip("> ").split(",")]
+    return f"{base}, {others[0]} classes a thread" if base == "tile_rows" else base, dtype.partition(">")[0]
 
 
 def table(found: dict[str, list[Kernel]]) -> str:

@@ -157,6 +157,19 @@ __device__ Acc<T> element(const Logits& logits, int64_t row, int64_t column) {
   return Element<T>::widen(row_of<T>(logits, row)[column]);
 }
 
+// Both sides of N rows, `step` apart, as far as `end`: read before the first is used, also where a row does not count.
+template <class T, int V, bool WIDE, int N>
+__device__ void fetch_rows(const Logits& student, const Logits& teacher, int64_t first, int64_t step, int64_t end,
+                           const Columns<V, WIDE>& at, int classes, Word<T, V> (&s)[N], Word<T, V> (&t)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int64_t row = first + i * step;
+    if (row >= end) break;
+    s[i] = fetch<T, V, WIDE>(row_of<T>(student, row), at, classes);
+    t[i] = fetch<T, V, WIDE>(row_of<T>(teacher, row), at, classes);
+  }
+}
+
 __device__ inline bool ignored(const Shape& shape, int64_t row) {
   return shape.index && shape.index[row] == shape.ignore_index;
 }
@@ -249,7 +262,7 @@ __device__ V warp_sum(V value) {
 
 // Adds a block's totals in the order of its warps; thread 0 writes them.
 __device__ inline void block_totals(const double (&mine)[kTotals], double* out) {
-  __shared__ double slots[2 * kRowLanes][kTotals];
+  __shared__ double slots[kRowLanes][kTotals];
   const int warp = threadIdx.x / kWarp, warps = (blockDim.x + kWarp - 1) / kWarp;
   for (int q = 0; q < kTotals; ++q) {
     const double sum = warp_sum(mine[q]);

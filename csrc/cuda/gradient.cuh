@@ -38,13 +38,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>) gradient(Problem p, Plan
   }
   for (int64_t from = begin + at.row; from < end; from += kAhead * kRowLanes) {
     Word<T, V> next_s[kAhead], next_t[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {  // read before it is used, also where the row does not count
-      const int64_t row = from + i * kRowLanes;
-      if (row >= end) break;
-      next_s[i] = fetch<T, V, WIDE>(row_of<T>(p.student, row), columns, classes);
-      next_t[i] = fetch<T, V, WIDE>(row_of<T>(p.teacher, row), columns, classes);
-    }
+    fetch_rows<T, V, WIDE>(p.student, p.teacher, from, kRowLanes, end, columns, classes, next_s, next_t);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int64_t row = from + i * kRowLanes;

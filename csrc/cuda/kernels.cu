@@ -168,11 +168,11 @@ void find_statistics(const Problem& p, const Plan& plan, const Work<A>& w, Queue
   queue.run(merge_moments<A>, 2 * plan.padded / kWarp, kThreads, plan, classes, p.eps, w);
 }
 
-template <class T, class S, class A = Acc<T>>
+template <class T, int V, class A = Acc<T>>
 void run_tile(const Problem& p, const Plan& plan, const Work<A>& w, Queue& queue) {
   with_bool(plan.row_wide, [&](auto wide) {
     with_bool(p.cross_entropy,
-              [&](auto ce) { queue.run(tile_rows<T, S, wide, ce>, plan.row_chunks, plan.threads(), p, plan, w); });
+              [&](auto ce) { queue.run(tile_rows<T, V, wide, ce>, plan.row_chunks, plan.threads(), p, plan, w); });
   });
 }
 
@@ -191,10 +191,10 @@ template <class T, class A = Acc<T>>
 void find_rows(const Problem& p, const Plan& plan, const Work<A>& w, Queue& queue) {
   if (plan.tiled) {
     if constexpr (sizeof(T) == 8) {
-      return run_tile<T, DoubleTile>(p, plan, w, queue);
+      return run_tile<T, kDoubleTile>(p, plan, w, queue);
     } else {
-      if (plan.row_vector == NarrowTile::vector) return run_tile<T, NarrowTile>(p, plan, w, queue);
-      return run_tile<T, WideTile>(p, plan, w, queue);
+      if (plan.row_vector == kNarrowTile) return run_tile<T, kNarrowTile>(p, plan, w, queue);
+      return run_tile<T, kWideTile>(p, plan, w, queue);
     }
   }
   switch (kind_of(p)) {

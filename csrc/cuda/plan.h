@@ -52,14 +52,10 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
-// The configuration of a tile: V classes of a thread, R rows at a time, in blocks of at most THREADS.
-template <int V, int R, int THREADS>
-struct TileShape {
-  static constexpr int vector = V, batch = R, threads = THREADS;
-};
-using NarrowTile = TileShape<4, 1, kThreads>;    // up to 1024 classes
-using WideTile = TileShape<8, 1, kThreads>;    // up to kTileClasses
-using DoubleTile = TileShape<2, 1, kThreads>;    // float64, up to 512
+// Classes of a thread in a tile, of kThreads at most.
+constexpr int kNarrowTile = 4;  // up to 1024 classes
+constexpr int kWideTile = 8;    // up to kTileClasses
+constexpr int kDoubleTile = 2;  // float64: up to 512
 
 inline bool is_wide(const Cut& cut, int vector) {
   const int word = vector * cut.itemsize;
@@ -75,18 +71,17 @@ inline Plan make_plan(const Cut& cut) {
   plan.chunk = clamp(round_up(ceil_div(cut.rows * plan.tiles, 256), kRowLanes), 4 * kRowLanes, 1024);
   plan.chunks = ceil_div(cut.rows, plan.chunk);
 
-  const int64_t most = cut.itemsize == 8 ? DoubleTile::vector * DoubleTile::threads : kTileClasses;
+  const int64_t most = cut.itemsize == 8 ? kDoubleTile * kThreads : kTileClasses;
   plan.tiled = cut.sums && cut.by_class && cut.bounded && cut.classes <= most;
   plan.splits = 1;
   plan.segment = cut.classes;
   if (plan.tiled) {
-    const bool narrow = cut.classes <= NarrowTile::vector * NarrowTile::threads;
-    plan.row_vector = cut.itemsize == 8 ? DoubleTile::vector : narrow ? NarrowTile::vector : WideTile::vector;
-    plan.batch = cut.itemsize == 8 ? DoubleTile::batch : narrow ? NarrowTile::batch : WideTile::batch;
+    const bool narrow = cut.classes <= kNarrowTile * kThreads;
+    plan.row_vector = cut.itemsize == 8 ? kDoubleTile : narrow ? kNarrowTile : kWideTile;
+    plan.batch = 1;
     plan.across = static_cast<int>(round_up(ceil_div(cut.classes, plan.row_vector), kWarp));
-    plan.groups = plan.across < kThreads ? kThreads / plan.across : 1;
-    const int64_t step = plan.groups * plan.batch;
-    plan.row_chunk = clamp(round_up(ceil_div(cut.rows, 256), step), step, round_up(256, step));
+    plan.groups = kThreads / plan.across;
+    plan.row_chunk = clamp(round_up(ceil_div(cut.rows, 256), plan.groups), plan.groups, round_up(256, plan.groups));
   } else {
     plan.row_vector = plan.vector;
     plan.batch = cut.by_class ? 2 : 1;

@@ -125,12 +125,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>) row_sums(Problem p, Plan
       of_t.load(w.of_t, at, plan.padded);
     }
     Word<T, V> next_s[R], next_t[R];
-#pragma unroll
-    for (int i = 0; i < R; ++i) {  // read before it is used, also where the row does not count
-      if (first + i >= p.shape.rows) break;
-      next_s[i] = fetch<T, V, WIDE>(row_of<T>(p.student, first + i), at, end);
-      next_t[i] = fetch<T, V, WIDE>(row_of<T>(p.teacher, first + i), at, end);
-    }
+    fetch_rows<T, V, WIDE>(p.student, p.teacher, first, 1, p.shape.rows, at, end, next_s, next_t);
 #pragma unroll
     for (int i = 0; i < R; ++i) {
       if (!rows[i].counts) continue;

@@ -13,7 +13,7 @@ struct Own {
 template <class T, class A = Acc<T>>
 __device__ Own<A> own_of(const Problem& p, const Work<A>& w, const Row<A>& found, int64_t row) {
   Own<A> own{0, 0, 0, static_cast<A>(p.kd_weight * p.temperature)};  // weights of rows come with given statistics alone
-  if (p.shape.index && found.label < 0) own.weight = NAN;  // no class: all of the row is NaN
+  if (p.shape.index && found.label < 0) own.weight = NAN;            // no class: all of the row is NaN
   if (!p.decoupled || found.label < 0) return own;
   const int y = found.label;
   const A s = element<T>(p.student, row, y), t = element<T>(p.teacher, row, y);
@@ -40,12 +40,12 @@ __device__ Slopes<A> slopes(const Problem& p, const Own<A>& own, A zs, A zt) {
   return {own.weight * (own.beta - label) / zs, own.weight * own.beta / zt, own.weight * label};
 }
 
-template <class T, class S, bool WIDE, bool CE, class A = Acc<T>>
-__global__ void __launch_bounds__(S::threads, S::vector == 4 ? 2 : 1)
+// A block's rows, one of each of its groups at a time.
+template <class T, int V, bool WIDE, bool CE, class A = Acc<T>>
+__global__ void __launch_bounds__(kThreads, V == kNarrowTile ? 2 : 1)
     tile_rows(const __grid_constant__ Problem p, const __grid_constant__ Plan plan, const __grid_constant__ Work<A> w) {
-  constexpr int V = S::vector, R = S::batch, kWarps = S::threads / kWarp;
-  constexpr bool kEarly = V < 8;  // reads the next rows, and the label's logits, ahead: there are registers for them
-  __shared__ RowSum<A> slots[2][kWarps][R];
+  constexpr bool kEarly = V < kWideTile;  // reads the next row, and the label's logits, ahead: registers are left
+  __shared__ RowSum<A> slots[2][kRowLanes];
   __shared__ A merged[2][kThreads * V];
   const int group = threadIdx.x / plan.across, x = threadIdx.x % plan.across, warps = plan.across / kWarp;
   const int classes = static_cast<int>(p.shape.classes);
@@ -57,72 +57,56 @@ __global__ void __launch_bounds__(S::threads, S::vector == 4 ? 2 : 1)
   of_s.load(w.of_s, at, plan.padded);
   of_t.load(w.of_t, at, plan.padded);
   A sums[V] = {}, tilts[V] = {};
-  Word<T, V> next_s[R], next_t[R];
+  Word<T, V> next_s, next_t;
   const auto read = [&](int64_t row, Word<T, V>& s, Word<T, V>& t) {
     if (row >= end) return;
     s = fetch<T, V, WIDE>(row_of<T>(p.student, row), at, classes);
     t = fetch<T, V, WIDE>(row_of<T>(p.teacher, row), at, classes);
   };
-#pragma unroll
-  for (int i = 0; kEarly && i < R; ++i) read(begin + group * R + i, next_s[i], next_t[i]);
+  if (kEarly) read(begin + group, next_s, next_t);
   int buffer = 0;
-  for (int64_t from = begin; from < end; from += plan.groups * R, buffer ^= 1) {
-    const int64_t first = from + group * R;
-    Row<A> rows[R];
-    RowSum<A> sum[R];
-    Own<A> own[R];
-    Word<T, V> now_s[R], now_t[R];
-    A u[R][V], e_u[R][V], e_v[R][V];
-#pragma unroll
-    for (int i = 0; kEarly && i < R; ++i) {
-      now_s[i] = next_s[i];
-      now_t[i] = next_t[i];
-      read(first + plan.groups * R + i, next_s[i], next_t[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < R; ++i) {
-      rows[i] = row_at<T, CE>(p, first + i, end);
-      sum[i] = no_sum<A>();
-      if (!rows[i].counts) continue;
-      if (!kEarly) read(first + i, now_s[i], now_t[i]);
-      if (kEarly) own[i] = own_of<T>(p, w, rows[i], first + i);
+  for (int64_t from = begin; from < end; from += plan.groups, buffer ^= 1) {
+    const int64_t row = from + group;
+    Word<T, V> now_s = next_s, now_t = next_t;
+    if (kEarly) read(row + plan.groups, next_s, next_t);
+    const Row<A> found = row_at<T, CE>(p, row, end);
+    RowSum<A> sum = no_sum<A>();
+    Own<A> own;
+    A u[V], e_u[V], e_v[V];
+    if (found.counts) {
+      if (kEarly) own = own_of<T>(p, w, found, row);
+      if (!kEarly) read(row, now_s, now_t);
       A s[V], t[V], v[V];
-      widen<T, V>(now_s[i], s);
-      widen<T, V>(now_t[i], t);
+      widen<T, V>(now_s, s);
+      widen<T, V>(now_t, t);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        u[i][k] = of_s(k, s[k]);
+        u[k] = of_s(k, s[k]);
         v[k] = of_t(k, t[k]);
       }
-      add<A, Kind::bounded, CE>(sum[i], rows[i], at, classes, s, u[i], v, e_u[i], e_v[i]);
+      add<A, Kind::bounded, CE>(sum, found, at, classes, s, u, v, e_u, e_v);
     }
-#pragma unroll
-    for (int i = 0; i < R; ++i) {
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-        merge_rows<A, Kind::bounded, CE>(sum[i], shuffled<A, Kind::bounded, CE>(sum[i], offset), 1, 1);
-      }
-      if (threadIdx.x % kWarp == 0) slots[buffer][threadIdx.x / kWarp][i] = sum[i];
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      merge_rows<A, Kind::bounded, CE>(sum, shuffled<A, Kind::bounded, CE>(sum, offset), 1, 1);
     }
+    if (threadIdx.x % kWarp == 0) slots[buffer][threadIdx.x / kWarp] = sum;
     __syncthreads();  // the other buffer's readers are through: they have come here, too
+    if (!found.counts) continue;
+    const RowSum<A>* const of_warp = slots[buffer] + group * warps;
+    A zs = of_warp[0].zs, zt = of_warp[0].zt;
+    for (int k = 1; k < warps; ++k) zs += of_warp[k].zs, zt += of_warp[k].zt;
+    if (x == 0) {
+      RowSum<A> all = of_warp[0];
+      for (int k = 1; k < warps; ++k) merge_rows<A, Kind::bounded, CE>(all, of_warp[k], 1, 1);
+      w.row_sums[row] = all;
+    }
+    if (!kEarly) own = own_of<T>(p, w, found, row);
+    const Slopes<A> of = slopes(p, own, zs, zt);
 #pragma unroll
-    for (int i = 0; i < R; ++i) {
-      if (!rows[i].counts) continue;
-      const RowSum<A>(*const of_warp)[R] = slots[buffer] + group * warps;
-      A zs = of_warp[0][i].zs, zt = of_warp[0][i].zt;
-      for (int k = 1; k < warps; ++k) zs += of_warp[k][i].zs, zt += of_warp[k][i].zt;
-      if (x == i % warps * kWarp) {  // all of the row's sums, by another warp for each row
-        RowSum<A> all = of_warp[0][i];
-        for (int k = 1; k < warps; ++k) merge_rows<A, Kind::bounded, CE>(all, of_warp[k][i], 1, 1);
-        w.row_sums[first + i] = all;
-      }
-      if (!kEarly) own[i] = own_of<T>(p, w, rows[i], first + i);
-      const Slopes<A> of = slopes(p, own[i], zs, zt);
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        const A g = at[k] == rows[i].skip ? of.at_label : of.student * e_u[i][k] - of.teacher * e_v[i][k];
-        sums[k] += g;
-        tilts[k] += g * u[i][k];
-      }
+    for (int k = 0; k < V; ++k) {
+      const A g = at[k] == found.skip ? of.at_label : of.student * e_u[k] - of.teacher * e_v[k];
+      sums[k] += g;
+      tilts[k] += g * u[k];
     }
   }
   A* const out = w.partial + 2 * block * plan.padded;
