@@ -25,11 +25,14 @@ $(BUILT): $(READY) $(wildcard csrc/*.* csrc/*/*.*)
 demo: $(BUILT)
 	$(BIN)/kdcore run examples/digits.toml
 
+# a process for each core, one thread in each; a file's tests stay together, for what they share is made once
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(BUILT)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-long: $(BUILT)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 # runs killed at any instant must end with the uninterrupted run's student, by hash
 N ?= 50
