@@ -163,7 +163,8 @@ def check_plugin(
     """Run kdcore's conformance checks on all that a plugin registers."""
     from .author import check
 
-    check(_host([], [plugin]).manager.get_plugin(Path(plugin).stem) if plugin.endswith(".py") else plugin)
+    module = _host([], [plugin]).manager.get_plugin(Path(plugin).stem) if plugin.endswith(".py") else None
+    check(module or plugin)
 
 
 def report(
