@@ -33,6 +33,28 @@ def no_random_numbers() -> Iterator[None]:
             restore(state)
 
 
+@contextmanager
+def other_random_state() -> Iterator[None]:
+    """Global generators in another state than outside of the block; put back after it."""
+    before = _random_states()
+    try:
+        for name in before:
+            _draw(name)
+        yield
+    finally:
+        for state, _, restore in before.values():
+            restore(state)
+
+
+def _draw(name: str) -> None:
+    draws: dict[str, Callable[[Any], Any]] = {
+        "random": lambda module: module.random(),
+        "numpy": lambda module: module.random.rand(),
+        "torch": lambda module: module.rand(()),
+    }
+    draws[name](sys.modules[name])
+
+
 def _random_states() -> dict[str, tuple[Any, Callable[[Any, Any], bool], Callable[[Any], None]]]:
     """State, comparison and restoring of every generator whose library was imported."""
     found: dict[str, Any] = {"random": (random.getstate(), lambda a, b: a == b, random.setstate)}
