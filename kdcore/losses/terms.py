@@ -79,15 +79,16 @@ class Distillation(nn.Module):
         raise NotImplementedError
 
     def _settings(self, weight: float = 1.0, ce_weight: float = 0.0, label_smoothing: float = 0.0) -> KDSettings:
-        return KDSettings(
-            temperature=self.temperature,
-            normalize=self.normalize,
-            eps=self.eps,
-            kd_weight=weight,
-            ce_weight=ce_weight,
-            label_smoothing=label_smoothing,
-            teacher_grad=self.teacher_grad,
-        )
+        # a literal: torch.compile cannot trace the call KDSettings(...)
+        return {
+            "temperature": self.temperature,
+            "normalize": self.normalize,
+            "eps": self.eps,
+            "kd_weight": weight,
+            "ce_weight": ce_weight,
+            "label_smoothing": label_smoothing,
+            "teacher_grad": self.teacher_grad,
+        }
 
 
 class KD(Distillation):
