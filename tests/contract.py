@@ -195,9 +195,9 @@ def _positions(signature: Signature) -> list[str]:
 # ---------------------------------------------------------------- the record
 
 
-def recorded() -> Contract:
+def recorded(path: Path = RECORD) -> Contract:
     """The contract as `make hooks` wrote it."""
-    return dict(json.loads(RECORD.read_text()))
+    return dict(json.loads(path.read_text()))
 
 
 def lines(value: Contract) -> str:
@@ -212,7 +212,12 @@ def lines(value: Contract) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-if __name__ == "__main__":
-    if RECORD.exists() and (problem := verdict(recorded(), contract())):
+def record(path: Path) -> None:
+    """Writes the contract of now to ``path``, unless a plugin can notice what changed since the last time."""
+    if path.exists() and (problem := verdict(recorded(path), contract())):
         sys.exit(problem)
-    RECORD.write_text(lines(contract()))
+    path.write_text(lines(contract()))
+
+
+if __name__ == "__main__":
+    record(RECORD)

@@ -140,7 +140,9 @@ def takes_small_batches(subject: Subject) -> None:
     loss = made(subject)
     rows = getattr(loss.module, "min_batch", 1)
     found = value(loss.module, loss.given().take(torch.arange(rows)))
-    require(torch.isfinite(found), f"for {rows} samples it is {found.item()}", "Give the module an attribute min_batch.")
+    require(
+        torch.isfinite(found), f"for {rows} samples it is {found.item()}", "Give the module an attribute min_batch."
+    )
 
 
 @check
@@ -293,7 +295,9 @@ def compiles(subject: Subject) -> None:
         raise AssertionError(f"it is not one graph: {str(error).strip().splitlines()[0]}. {fix}") from None
     finally:
         torch._dynamo.reset()
-    require(_close(found, expected), f"it is {expected.item():g}, compiled {found.item():g}", "Branch on options alone.")
+    require(
+        _close(found, expected), f"it is {expected.item():g}, compiled {found.item():g}", "Branch on options alone."
+    )
 
 
 @check
@@ -343,4 +347,3 @@ def _changed(options: Options, name: str, now: float) -> Options | None:
         except ValueError:
             pass
     return None
-

@@ -82,7 +82,9 @@ class Given:
 
     def map(self, function: Any, teacher: Any = None) -> Given:
         """With ``function`` applied to every tensor of the student, and of the teacher (unless it has its own)."""
-        return replace(self, student=_mapped(self.student, function), teacher=_mapped(self.teacher, teacher or function))
+        return replace(
+            self, student=_mapped(self.student, function), teacher=_mapped(self.teacher, teacher or function)
+        )
 
     def to(self, device: str) -> Given:
         """On another device."""
@@ -98,7 +100,13 @@ def _mapped(side: Outputs | None, function: Any) -> Outputs | None:
 
 
 def make_up(
-    shapes: Shapes, loss: Any, options: Options, *, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0
+    shapes: Shapes,
+    loss: Any,
+    options: Options,
+    *,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    seed: int = 0,
 ) -> Given:
     """Random outputs of :data:`ROWS` samples; the student's require a gradient. Losses on labels have no teacher."""
     generator = torch.Generator().manual_seed(seed)
