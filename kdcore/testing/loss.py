@@ -19,8 +19,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..options import Options
+from ..outputs import Outputs
 from . import purity
-from .made_up import ROWS, Given, Made, gradients, total, value
+from .made_up import ROWS, Made, gradients, total, value
 from .subject import Subject, check, require
 
 KNOWN = frozenset({"logits", "taps", "index", "target"})
@@ -140,7 +141,8 @@ def takes_small_batches(subject: Subject) -> None:
     loss = made(subject)
     rows = getattr(loss.module, "min_batch", 1)
     found = value(loss.module, loss.given().take(torch.arange(rows)))
-    require(torch.isfinite(found), f"for {rows} samples it is {found.item()}", "Give the module an attribute min_batch.")
+    fix = "Give the module an attribute min_batch, the smallest number that it takes."
+    require(torch.isfinite(found), f"for {rows} samples it is {found.item()}", fix)
 
 
 @check
@@ -156,8 +158,7 @@ def gradcheck(subject: Subject) -> None:
     names = list(given.student.taps)
 
     def function(logits: Tensor, *taps: Tensor) -> Tensor:
-        outputs = type(given.student)(logits, dict(zip(names, taps, strict=True)))
-        return value(module, Given(outputs, given.teacher, given.batch))
+        return value(module, replace(given, student=Outputs(logits, dict(zip(names, taps, strict=True)))))
 
     try:
         torch.autograd.gradcheck(function, given.leaves(), fast_mode=True)
@@ -176,11 +177,9 @@ def shift_invariant(subject: Subject) -> None:
     loss = made(subject)
     given = loss.given()
     shift = torch.arange(ROWS)[:, None] - 2.5
-    moved = Given(
-        type(given.student)(given.student.logits + shift, given.student.taps),
-        None if given.teacher is None else type(given.teacher)(given.teacher.logits - shift, given.teacher.taps),
-        given.batch,
-    )
+    moved = replace(given, student=replace(given.student, logits=given.student.logits + shift))
+    if given.teacher is not None:
+        moved = replace(moved, teacher=replace(given.teacher, logits=given.teacher.logits - shift))
     once, other = value(loss.module, given), value(loss.module, moved)
     fix = "Compare softmax or log_softmax, or declare shift_invariant = False."
     require(_close(other, once), f"it is {once.item():g}, with shifted logits {other.item():g}", fix)
@@ -208,7 +207,7 @@ def takes_half_precision(subject: Subject) -> None:
     Under ``precision = "bf16"`` models give such, while adapters stay in float32.
     """
     loss = made(subject)
-    exact = value(loss.module, loss.given().map(lambda t: t.detach()))
+    exact = value(loss.module, loss.given().map(Tensor.detach))
     for dtype in (torch.bfloat16, torch.float16):
         given = loss.given(dtype=dtype)
         found = value(loss.module, given)
@@ -249,7 +248,7 @@ def teacher_gets_no_gradient(subject: Subject) -> None:
     loss = made(subject)
     if loss.given().teacher is None:
         raise SkipTest("it is a loss on labels alone")
-    given = loss.given().map(lambda t: t, lambda t: t.requires_grad_())
+    given = loss.given().map_teacher(Tensor.requires_grad_)
     reached = any(g is not None for g in gradients(loss.module, given, teacher=True))
     fix = "Detach the teacher's outputs, unless the module's own attribute teacher_grad (False at first) is set."
     require(not reached, "the teacher gets a gradient", fix)
@@ -266,7 +265,7 @@ def keeps_its_inputs(subject: Subject) -> None:
     Other terms and members use the same tensors.
     """
     loss = made(subject)
-    given = loss.given().map(lambda t: t.detach())
+    given = loss.given().map(Tensor.detach)
     batch = given.batch
     inputs = [*given.leaves(), *given.leaves(teacher=True), batch.inputs, batch.target, batch.index]
     before = [tensor.clone() for tensor in inputs]
@@ -293,7 +292,8 @@ def compiles(subject: Subject) -> None:
         raise AssertionError(f"it is not one graph: {str(error).strip().splitlines()[0]}. {fix}") from None
     finally:
         torch._dynamo.reset()
-    require(_close(found, expected), f"it is {expected.item():g}, compiled {found.item():g}", "Branch on options alone.")
+    what = f"it is {expected.item():g}, compiled {found.item():g}"
+    require(_close(found, expected), what, "Branch on options alone.")
 
 
 @check
@@ -343,4 +343,3 @@ def _changed(options: Options, name: str, now: float) -> Options | None:
         except ValueError:
             pass
     return None
-

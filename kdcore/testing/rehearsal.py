@@ -64,7 +64,9 @@ def rehearse(subject: Subject, script: Callable[[int], float | None]) -> Rehears
     names = metric_names(controller)
     for tick in range(1, ticks_of(stage) + 1):
         for name, trained in _present(learners, knobs):
-            curves.setdefault(name, []).append(Row(_row(tick, learners[name], trained, script(tick), names), found.read))
+            curves.setdefault(name, []).append(
+                Row(_row(tick, learners[name], trained, script(tick), names), found.read)
+            )
         view = _view(stage, tick, curves, knobs, found.read, script(tick) is not None)
         found.views.append(view)
         found.decisions.append(decisions_of(subject.name, controller.decide(view)))
@@ -140,7 +142,9 @@ def _present(learners: Mapping[str, Learner], knobs: Knobs) -> list[tuple[str, b
     return [(name, True) for name in trained] + [(name, False) for name in sorted(sources - set(trained))]
 
 
-def _row(tick: int, learner: Learner, trained: bool, accuracy: float | None, metrics: frozenset[str]) -> dict[str, float]:
+def _row(
+    tick: int, learner: Learner, trained: bool, accuracy: float | None, metrics: frozenset[str]
+) -> dict[str, float]:
     row = {"tick": float(tick), "epoch": float(tick)}
     if trained:
         row |= {"train.loss": 1.0, "lr": 0.1} | {f"train.{term.label}": 1.0 for term in learner.live()}

@@ -206,10 +206,12 @@ def outcome_was_asked_for(subject: Subject) -> None:
     student = found.outcome.student
     asked = identities(found)
     fix = 'Yield the stage first, and return Outcome(stage["student"]).'
-    require(isinstance(student.stage, Stage), f"the outcome's student is a member of {student.stage!r}", fix)
-    (own,) = identities(Drive([student.stage]))
-    require(own in asked, f"it never asked for the stage {student.stage.name!r} of its outcome", fix)
-    members = student.stage.members
+    stage = student.stage
+    if not isinstance(stage, Stage):
+        raise AssertionError(f"the outcome's student is a member of {stage!r}. {fix}")
+    (own,) = identities(Drive([stage]))
+    require(own in asked, f"it never asked for the stage {stage.name!r} of its outcome", fix)
+    members = stage.members
     require(student.member in members, f"{student.member!r} is none of its stage's {sorted(members)}", fix)
 
 
