@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdcore
-from kdcore import DataInfo, Decision, Drop, Field, Options, Outcome, Outputs, RunView, Set, Shapes, Spec, Stage
+from kdcore import DataInfo, Field, Options, Outcome, Outputs, RunView, Set, Shapes, Spec, Stage
 from kdcore.testing import Subject
 
 COUNT = itertools.count()
@@ -286,10 +286,6 @@ class TellsTheEnvironment(Stop):
 # ---------------------------------------------------------------- losses
 
 
-def wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
 @sound("loss")
 class Hint(nn.Module):
     """KL of logits, and a regression of the teacher's pooled feature."""
@@ -318,9 +314,12 @@ class Hint(nn.Module):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: kdcore.Batch) -> Any:
         self.look(batch)
-        own, other = wide(student.logits), wide(teacher.logits).detach()
-        feature, wanted = wide(student.taps["pooled"]), wide(teacher.taps["pooled"]).detach()
+        own, other = self.widened(student.logits), self.widened(teacher.logits).detach()
+        feature, wanted = self.widened(student.taps["pooled"]), self.widened(teacher.taps["pooled"]).detach()
         return self.end(self.logits(own, other) + self.features(feature, wanted))
+
+    def widened(self, tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
     def look(self, batch: kdcore.Batch) -> None: ...
 
@@ -345,9 +344,7 @@ class Hint(nn.Module):
 @breaks("options-survive-json")
 class LossOptions(Hint):
     Options = NotJson
-
-
-LossOptions.limit = float("inf")
+    limit = float("inf")
 
 
 @breaks("needs-what-it-says")
@@ -405,12 +402,9 @@ class DividesExponentials(Hint):
 
 
 @breaks("takes-half-precision")
-class WantsFloat(Hint):
-    def forward(self, student, teacher, batch):
-        narrow = student.taps["pooled"].to(self.adapter.weight.dtype) if student.logits.dtype.itemsize > 2 else None
-        return super().forward(student, teacher, batch) + 0 * self.adapter(
-            student.taps["pooled"] if narrow is None else narrow
-        ).sum().to(self.adapter.weight.dtype)
+class StaysNarrow(Hint):
+    def widened(self, tensor):
+        return tensor
 
 
 @breaks("follows-its-device")
@@ -556,7 +550,7 @@ class RectifiesInPlace(Net):
 
 @breaks("taps-are-tensors")
 class TapsNothing(Net):
-    taps = {"pooled": "head.pool"}
+    taps: ClassVar = {"pooled": "head.pool"}
 
 
 @breaks("all-parameters-learn")
@@ -566,15 +560,10 @@ class DeadWeight(Net):
 
 
 @breaks("takes-autocast")
-class SumsInFloat(Net):
+class MixesTypes(Net):
     def changed(self, features):
         rows = torch.arange(len(features))
-        return torch.zeros(features.shape).index_add(0, rows, self.head.weight.new_ones(()).mul(features))
-
-    def forward(self, images):
-        features = self.pool(self.first(images))
-        mixed = features @ torch.eye(features.shape[1])
-        return self.head(self.drop(torch.zeros(features.shape).index_add(0, torch.arange(len(features)), mixed)))
+        return torch.zeros(features.shape).index_add(0, rows, features @ torch.eye(features.shape[1]))
 
 
 # ---------------------------------------------------------------- plugins

@@ -167,5 +167,5 @@ def total(found: Any) -> Tensor:
 
 def gradients(module: nn.Module, given: Given, teacher: bool = False) -> list[Tensor | None]:
     """Gradients of the loss for logits and taps of one side; None where it does not depend on them."""
-    found = torch.autograd.grad(value(module, given), given.leaves(teacher), allow_unused=True)
-    return list(found)
+    found, leaves = value(module, given), given.leaves(teacher)
+    return list(torch.autograd.grad(found, leaves, allow_unused=True)) if found.requires_grad else [None] * len(leaves)

@@ -64,7 +64,7 @@ def logits(
         values[:, -1] = values[:, 0]
     elif kind == "constant columns":
         constant = draw(st.integers(1, shape[1]))
-        values[:, :constant] = values[0, :constant]
+        values[:, :constant] = values[0, :constant].clone()
     elif kind == "equal":
         values[:] = values[0, 0]
     if masked:
