@@ -56,6 +56,11 @@ class Distillation(nn.Module):
         """The smallest batch that it can take: one sample has no class statistics."""
         return 2 if self.normalize == "class" else 1
 
+    @property
+    def shift_invariant(self) -> bool:
+        """False where a constant added to a sample's logits counts: it moves the class statistics of the others."""
+        return self.normalize != "class"
+
     def forward(self, student: Outputs, teacher: Outputs | None, batch: HasTarget) -> Tensor:
         return self._call(student, teacher, batch, self._settings())[0]
 

@@ -16,7 +16,7 @@ from ..errors import PlanError
 from ..plan import BASE_METRICS, Decision, TickView, check_stage
 from ..training.loop import decisions_of
 from . import purity
-from .rehearsal import make, prepared, rehearse
+from .rehearsal import Rehearsal, make, prepared, rehearse
 from .strategy import Drive, identities, run_view
 from .subject import Subject, check, require
 
@@ -44,9 +44,21 @@ def falling(tick: int) -> float:
 SCRIPTS: Sequence[Callable[[int], float]] = (rising, flat, falling)
 
 
+def rehearsed(subject: Subject, script: Callable[[int], float]) -> Rehearsal:
+    """As :func:`rehearse`.
+
+    Raises:
+        SkipTest: it fails on the way.
+    """
+    try:
+        return rehearse(subject, script)
+    except Exception as error:
+        raise SkipTest(f"it does not get through its stage, see gives-decisions: {error}") from error
+
+
 def replay(controller: Any, views: Sequence[TickView]) -> list[list[Decision]]:
     """The decisions of a controller under these views."""
-    return [decisions_of("checked", controller.decide(view)) for view in views]
+    return [decisions_of("checked", controller.decide(copy.deepcopy(view))) for view in views]
 
 
 @check
@@ -124,7 +136,7 @@ def touches_what_exists(subject: Subject) -> None:
     Anything else ends the stage. A controller for a special kind of stage has ``prepare`` or ``example_stage``.
     """
     for script in SCRIPTS:
-        problems = rehearse(subject, script).problems
+        problems = rehearsed(subject, script).problems
         require(not problems, "; ".join(problems[:1]), "Look at view.knobs and view.curves for what is there.")
 
 
@@ -135,7 +147,7 @@ def decides_alike(subject: Subject) -> None:
     A stage that is resumed from an older checkpoint goes through the same ticks again.
     """
     for script in SCRIPTS:
-        found = rehearse(subject, script)
+        found = rehearsed(subject, script)
         again = replay(make(subject), found.views)
         fix = "Decide by the view and by your state alone."
         require(again == found.decisions, f"under {script.__name__} results it decides otherwise the second time", fix)
@@ -149,7 +161,7 @@ def state_is_json(subject: Subject) -> None:
     """
     for script in SCRIPTS:
         controller = make(subject)
-        for view in rehearse(subject, script).views:
+        for view in rehearsed(subject, script).views:
             controller.decide(view)
             _as_json(controller.state_dict())
 
@@ -168,7 +180,7 @@ def goes_on_from_its_state(subject: Subject) -> None:
     A run may be killed at any time and goes on from a checkpoint, with a new controller that gets the state from JSON.
     """
     for script in SCRIPTS:
-        found = rehearse(subject, script)
+        found = rehearsed(subject, script)
         if replay(make(subject), found.views) != found.decisions:
             raise SkipTest("it decides otherwise every time, see decides-alike")
         for tick in range(1, len(found.views)):
@@ -192,7 +204,7 @@ def keeps_its_view(subject: Subject) -> None:
     """
     for script in SCRIPTS:
         controller = make(subject)
-        for view in rehearse(subject, script).views:
+        for view in rehearsed(subject, script).views:
             seen = copy.deepcopy(view)
             controller.decide(view)
             require(view == seen, f"it changes the view of tick {view.tick}", "Copy what you want to change.")
@@ -206,7 +218,7 @@ def reads_what_it_needs(subject: Subject) -> None:
     """
     needs = make(subject).needs
     for script in SCRIPTS:
-        read = {name for name in rehearse(subject, script).read - FREE if not name.startswith("train.")}
+        read = {name for name in rehearsed(subject, script).read - FREE if not name.startswith("train.")}
         missing = sorted({KINDS_OF.get(name.partition(".")[0], name) for name in read} - needs)
         require(not missing, f"it reads {missing}, which its needs does not name", f"Add {missing} to needs.")
 
@@ -217,7 +229,7 @@ def draws_no_random_numbers(subject: Subject) -> None:
 
     What is drawn later in the stage would change, and a resumed stage would differ from an uninterrupted one.
     """
-    views = rehearse(subject, flat).views
+    views = rehearsed(subject, flat).views
     with purity.no_random_numbers():
         replay(make(subject), views)
 
@@ -229,7 +241,7 @@ def reads_no_clock(subject: Subject) -> None:
     A stage may be resumed a week later.
     """
     for script in SCRIPTS:
-        found = rehearse(subject, script)
+        found = rehearsed(subject, script)
         if replay(make(subject), found.views) != found.decisions:
             raise SkipTest("it decides otherwise every time, see decides-alike")
         with purity.shifted_clock(subject.load()):
@@ -243,6 +255,5 @@ def leaves_the_process_alone(subject: Subject) -> None:
 
     Other stages in the same process would see the change.
     """
-    views = rehearse(subject, flat).views
     with purity.process_left_alone(subject.load()):
-        replay(make(subject), views)
+        rehearsed(subject, flat)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..data import Batch
 from ..options import Options
 from ..outputs import Outputs, Shapes
 
+Change: TypeAlias = Callable[[Tensor], Tensor]
 CLASSES, ROWS, SAMPLES = 5, 6, 64
 VECTOR, MAP = ((6,), (8,)), ((4, 4, 4), (6, 4, 4))  # shapes of the student's tap and of the teacher's
 
@@ -76,26 +77,30 @@ class Given:
 
     def take(self, index: Tensor) -> Given:
         """The rows at ``index`` [M], int64."""
-        batch = self.batch
-        rows = Batch(batch.inputs[index], batch.target[index], batch.index[index], batch.epoch)
-        return Given(*(_mapped(side, lambda t: t[index]) for side in (self.student, self.teacher)), rows)  # type: ignore[arg-type]
-
-    def map(self, function: Any, teacher: Any = None) -> Given:
-        """With ``function`` applied to every tensor of the student, and of the teacher (unless it has its own)."""
-        return replace(
-            self, student=_mapped(self.student, function), teacher=_mapped(self.teacher, teacher or function)
-        )
+        old = self.batch
+        batch = Batch(old.inputs[index], old.target[index], old.index[index], old.epoch)
+        return replace(self.map(lambda tensor: tensor[index]), batch=batch)
 
     def to(self, device: str) -> Given:
-        """On another device."""
-        batch = self.batch
-        moved = Batch(*(t.to(device) for t in (batch.inputs, batch.target, batch.index)), batch.epoch)
-        return replace(self.map(lambda t: t.detach().to(device)), batch=moved)
+        """A copy without gradients on another device."""
+        old = self.batch
+        batch = Batch(old.inputs.to(device), old.target.to(device), old.index.to(device), old.epoch)
+        return replace(self.map(lambda tensor: tensor.detach().to(device)), batch=batch)
+
+    def map(self, function: Change) -> Given:
+        """With ``function`` applied to logits and taps of both sides."""
+        return self.map_student(function).map_teacher(function)
+
+    def map_student(self, function: Change) -> Given:
+        """With ``function`` applied to the student's logits and taps."""
+        return replace(self, student=_mapped(self.student, function))
+
+    def map_teacher(self, function: Change) -> Given:
+        """With ``function`` applied to the teacher's logits and taps, if there is one."""
+        return self if self.teacher is None else replace(self, teacher=_mapped(self.teacher, function))
 
 
-def _mapped(side: Outputs | None, function: Any) -> Outputs | None:
-    if side is None:
-        return None
+def _mapped(side: Outputs, function: Change) -> Outputs:
     return Outputs(function(side.logits), {name: function(tap) for name, tap in side.taps.items()})
 
 
@@ -106,10 +111,9 @@ def make_up(
     *,
     dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
-    seed: int = 0,
 ) -> Given:
     """Random outputs of :data:`ROWS` samples; the student's require a gradient. Losses on labels have no teacher."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return (torch.randn(ROWS, *shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
@@ -121,8 +125,7 @@ def make_up(
     batch = Batch(draw(1, 8, 8).float(), target, torch.randperm(SAMPLES, generator=generator)[:ROWS], 0.0)
     student, teacher = outputs(shapes.student), outputs(shapes.teacher)
     alone = getattr(type(options), "on_labels", False)
-    given = Given(student, None if alone else teacher, batch)
-    return given.map(lambda t: t.requires_grad_(), lambda t: t)
+    return Given(student, None if alone else teacher, batch).map_student(Tensor.requires_grad_)
 
 
 @dataclass(frozen=True)
@@ -159,10 +162,10 @@ def value(module: nn.Module, given: Given) -> Tensor:
 
 def total(found: Any) -> Tensor:
     """A scalar, or the sum of a dict of scalars."""
-    return sum(found.values()) if isinstance(found, dict) else found
+    return torch.stack(list(found.values())).sum() if isinstance(found, dict) else torch.as_tensor(found)
 
 
 def gradients(module: nn.Module, given: Given, teacher: bool = False) -> list[Tensor | None]:
     """Gradients of the loss for logits and taps of one side; None where it does not depend on them."""
-    found = torch.autograd.grad(value(module, given), given.leaves(teacher), allow_unused=True)
-    return list(found)
+    found, leaves = value(module, given), given.leaves(teacher)
+    return list(torch.autograd.grad(found, leaves, allow_unused=True)) if found.requires_grad else [None] * len(leaves)

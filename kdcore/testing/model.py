@@ -166,8 +166,9 @@ def copies_are_alike(subject: Subject) -> None:
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.add_(1.0)
-    same = torch.equal(evaluated(module, images(info)), before)
-    require(same, "a change of a copy changes the original", "Keep state in parameters and buffers.")
+    fix = "Keep state in parameters and buffers, and no function that holds the module."
+    require(torch.equal(evaluated(module, images(info)), before), "a change of a copy changes the original", fix)
+    require(not torch.equal(evaluated(twin, images(info)), before), "a copy does not follow its own weights", fix)
 
 
 @check

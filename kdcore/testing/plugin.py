@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -34,8 +35,10 @@ def registered(module: ModuleType) -> list[Entry]:
 
 
 @cache
-def _probed(plugin: str) -> tuple[dict[str, Any], str]:
+def probed(module: ModuleType) -> tuple[dict[str, Any], str]:
     """What a fresh process says of importing the plugin, and what the plugin printed there."""
+    named = importlib.util.find_spec(module.__name__) is not None and not _is_single_file(module)
+    plugin = module.__name__ if named else str(module.__file__)
     path = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(
         [sys.executable, "-m", probe.__name__, plugin],
@@ -51,13 +54,6 @@ def _probed(plugin: str) -> tuple[dict[str, Any], str]:
     return json.loads(found), (printed + done.stderr).strip()
 
 
-def probed(subject: Subject) -> tuple[dict[str, Any], str]:
-    """What a fresh process says of the subject, once for all checks."""
-    module = subject.target
-    named = importlib.util.find_spec(module.__name__) is not None and not _is_single_file(module)
-    return _probed(module.__name__ if named else str(module.__file__))
-
-
 def _is_single_file(module: ModuleType) -> bool:
     """True for a file that is not on the search path, given to ``--plugin-file``."""
     file = Path(module.__file__ or "")
@@ -65,7 +61,7 @@ def _is_single_file(module: ModuleType) -> bool:
 
 
 def _unchanged(subject: Subject, *names: str) -> None:
-    changed = [name for name in probed(subject)[0]["changed"] if name in names]
+    changed = [name for name in probed(subject.target)[0]["changed"] if name in names]
     fix = "Do it in the function that needs it, not while the module is imported."
     require(not changed, f"importing it changes the process's {' and '.join(changed)}", fix)
 
@@ -76,7 +72,7 @@ def imports_no_torch(subject: Subject) -> None:
 
     ``kdcore --help`` and the check of a recipe take 0.2 s; torch alone takes seconds. Register targets as text.
     """
-    heavy = probed(subject)[0]["imported"]
+    heavy = probed(subject.target)[0]["imported"]
     fix = 'Register "package.module:Name", and options as text to a module without it.'
     require(not heavy, f"importing it imports {', '.join(heavy)}", fix)
 
@@ -87,7 +83,7 @@ def prints_nothing(subject: Subject) -> None:
 
     The output of commands is read by programs.
     """
-    printed = probed(subject)[1]
+    printed = probed(subject.target)[1]
     require(not printed, f"importing it prints {printed[:60]!r}", "Leave it out, or use the logging module.")
 
 

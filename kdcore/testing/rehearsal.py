@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -68,7 +69,7 @@ def rehearse(subject: Subject, script: Callable[[int], float | None]) -> Rehears
                 Row(_row(tick, learners[name], trained, script(tick), names), found.read)
             )
         view = _view(stage, tick, curves, knobs, found.read, script(tick) is not None)
-        found.views.append(view)
+        found.views.append(copy.deepcopy(view))
         found.decisions.append(decisions_of(subject.name, controller.decide(view)))
         for decision in found.decisions[-1]:
             _carry_out(decision, learners, knobs, found.problems)
