@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -131,20 +131,20 @@ def verdict(old: Contract, new: Contract) -> str:
 
 def noticed(old: Contract, new: Contract) -> list[str]:
     """The changes that a plugin written for ``old`` can notice under ``new``, in words."""
-    found = [f"{word} is gone" for part in ("names", "decisions", "targets") for word in _gone(old[part], new[part])]
+    found = [f"{word} is gone" for part in ("names", "decisions", "targets") for word in _only_in(old[part], new[part])]
     for part in ("implemented", "required"):  # of what had a contract before
         had = {name.partition(".")[0] for name in old[part]}
-        new_duties = [name for name in _gone(new[part], old[part]) if name.partition(".")[0] in had]
+        new_duties = [name for name in _only_in(new[part], old[part]) if name.partition(".")[0] in had]
         found += [f"{name} has to be implemented now" for name in new_duties]
     for part, changed in (("hooks", _changed), ("called", _changed_call), ("implemented", _changed_implementation)):
-        found += [f"{name} is gone" for name in _gone(old[part], new[part])]
+        found += [f"{name} is gone" for name in _only_in(old[part], new[part])]
         both = [name for name in old[part] if name in new[part]]
         found += [f"{name}: {change}" for name in both for change in changed(old[part][name], new[part][name])]
     return list(dict.fromkeys(found))
 
 
-def _gone(old: Any, new: Any) -> list[str]:
-    return [word for word in old if word not in new]
+def _only_in(one: Iterable[str], other: Collection[str]) -> list[str]:
+    return [word for word in one if word not in other]
 
 
 def _changed(old: Signature, new: Signature) -> list[str]:
@@ -171,16 +171,16 @@ def _said(row: Mapping[str, str]) -> str:
 
 def _changed_call(old: Signature, new: Signature) -> list[str]:
     """A plugin calls it, by position or by name: what is new has a default, and comes last or by name alone."""
-    known = {row["name"] for row in old}
-    needed = [row["name"] for row in new if row["name"] not in known and "default" not in row]
+    given = [row["name"] for row in new if "default" in row or row.get("kind", "").startswith("var_")]
+    needed = _only_in(_names(new), [*_names(old), *given])
     found = [*_changed(old, new), *(f"new argument {name!r} has no default" for name in needed)]
-    before, now = _positions(old), _positions(new)
+    before, now = _names(old, by_position=True), _names(new, by_position=True)
     return found if found or now[: len(before)] == before else [_moved(before, now)]
 
 
 def _changed_implementation(old: Signature, new: Signature) -> list[str]:
     """kdcore calls it, so an existing implementation takes neither another order nor a further argument."""
-    found, before, now = _changed(old, new), _positions(old), _positions(new)
+    found, before, now = _changed(old, new), _names(old), _names(new)
     return found if found or now == before else [_moved(before, now)]
 
 
@@ -188,8 +188,8 @@ def _moved(before: list[str], now: list[str]) -> str:
     return f"its arguments were ({', '.join(before)}), now they are ({', '.join(now)})"
 
 
-def _positions(signature: Signature) -> list[str]:
-    return [row["name"] for row in signature if not row.get("kind") and row["name"] != "return"]
+def _names(signature: Signature, *, by_position: bool = False) -> list[str]:
+    return [row["name"] for row in signature if row["name"] != "return" and not (by_position and "kind" in row)]
 
 
 # ---------------------------------------------------------------- the record

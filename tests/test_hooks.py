@@ -85,6 +85,7 @@ def changed(part: str, name: str, signature: list[dict[str, str]] | None) -> lis
         ("implemented", "Loss.build", [row("shapes"), row("settings")], "argument 'options' is gone"),
         ("implemented", "Loss.build", [row("options"), row("shapes")], "now they are (options, shapes)"),
         ("implemented", "Loss.build", [row("shapes"), row("options"), NEW], "now they are (shapes, options, new)"),
+        ("implemented", "Loss.build", [*OLD["implemented"]["Loss.build"], BY_NAME], "(shapes, options, word)"),
         ("implemented", "Loss.reset", [row("return", "None")], "Loss.reset has to be implemented now"),
     ],
 )  # fmt: skip
@@ -116,6 +117,7 @@ def test_a_word_that_goes_is_said(part: str, old: str, new: str, says: str) -> N
         ("hooks", "kdcore_y", [row("run")]),
         ("hooks", "kdcore_x", [row("stage"), row("step"), row("run")]),
         ("called", "Term", [*OLD["called"]["Term"], NEW]),
+        ("called", "Term", [*OLD["called"]["Term"], row("more", kind="var_keyword")]),
         ("called", "Term", [row("loss", default="'kd'"), row("weight", default="1.0")]),
         (
             "called",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -41,15 +40,17 @@ def check(plugin: str | ModuleType) -> None:
     """
     from ..testing import subjects_of, verdicts
 
-    table, failed, counts = Table("subject", "check", "result", "why"), list[str](), Counter[str]()
-    for subject in subjects_of(plugin):
-        for verdict in verdicts(subject):
-            counts[verdict.state] += 1
-            failed += [f"{subject}-{verdict.check.name}"] * (verdict.state == "failed")
-            state = Text(verdict.state, STYLES[verdict.state])
-            table.add_row(Text(str(subject)), Text(verdict.check.name), state, Text(verdict.reason))
+    found = [(subject, verdict) for subject in subjects_of(plugin) for verdict in verdicts(subject)]
+    table = Table("subject", "check", "result", "why")
+    for subject, verdict in found:
+        state = Text(verdict.state, STYLES[verdict.state])
+        table.add_row(Text(str(subject)), Text(verdict.check.name), state, Text(verdict.reason))
     Console().print(table)
+    failed = [f"{subject}-{verdict.check.name}" for subject, verdict in found if verdict.state == "failed"]
     if failed:
-        what = f"{len(failed)} of {counts.total()} checks failed: {', '.join(failed)}"
-        raise PluginError(what, where="check-plugin", fix="The table says why; docs/plugins.md has the contract.")
-    print(f"{counts['passed']} checks passed, {counts['skipped']} do not apply")
+        what = f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}"
+        raise PluginError(
+            what, where="check-plugin", fix="The table says why, docs/plugin-reference.md what they hold."
+        )
+    skipped = sum(verdict.state == "skipped" for _, verdict in found)
+    print(f"{len(found) - skipped} checks passed, {skipped} do not apply")

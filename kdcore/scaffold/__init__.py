@@ -77,22 +77,21 @@ def check_name(name: str, kind: str, host: PluginHost) -> Package:
     """
     from packaging.utils import InvalidName, canonicalize_name
 
-    where = f"new-plugin {name}"
     try:
         package = Package(kind, canonicalize_name(name, validate=True))
     except InvalidName:
-        raise RecipeError(
-            "no name of a package", where=where, fix="Use letters, digits and -, e.g. born-again."
-        ) from None
+        raise _refused(name, "no name of a package", "Use letters, digits and -, e.g. born-again.") from None
     if not re.match("[a-z]", package.plugin) or keyword.iskeyword(package.module):
-        raise RecipeError(
-            f"{package.module!r} is no name of a module", where=where, fix=f"Try kdcore-my-{package.plugin}."
-        )
+        raise _refused(name, f"{package.module!r} is no name of a module", f"Try kdcore-my-{package.plugin}.")
     if len(package.name) > LONGEST_NAME:
-        raise RecipeError(f"{len(package.name)} characters", where=where, fix=f"Use at most {LONGEST_NAME}.")
+        raise _refused(name, f"{len(package.name)} characters", f"Use at most {LONGEST_NAME}.")
     if taken := _taken(package, host):
-        raise RecipeError(taken, where=where, fix="Choose another name.")
+        raise _refused(name, taken, "Choose another name.")
     return package
+
+
+def _refused(name: str, what: str, fix: str) -> RecipeError:
+    return RecipeError(what, where=f"new-plugin {name}", fix=fix)
 
 
 def _taken(package: Package, host: PluginHost) -> str:
@@ -124,9 +123,8 @@ def write(package: Package, parent: Path) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise StorageError(
-            f"cannot be written: {error.strerror}", where=str(folder), fix="Choose another --dir."
-        ) from error
+        what = f"cannot be written: {error.strerror}"
+        raise StorageError(what, where=str(folder), fix="Choose another --dir.") from error
     return folder
 
 
