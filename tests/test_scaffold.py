@@ -21,6 +21,11 @@ from kdcore.scaffold import KINDS, LONGEST_NAME
 ROOT = Path(__file__).parents[1]
 
 
+def beside(folder: Path) -> str:
+    """PYTHONPATH with ``folder`` before this checkout."""
+    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", str(ROOT))])
+
+
 # ---------------------------------------------------------------- from nothing to a run
 
 
@@ -93,8 +98,7 @@ def test_no_new_plugin_imports_torch_before_it_is_used(
         code = f"import sys, acme_{kind} as found; from kdcore.registry import *; from kdcore.origin import Origin\n"
         code += "registrar = Registrar(Origin('acme')); found.kdcore_register(registrar)\n"
         code += "print(registrar.entries[0].check({}, ''), 'torch' in sys.modules)"
-        path = os.pathsep.join([str(tmp_path / f"acme-{kind}/src"), os.environ.get("PYTHONPATH", str(ROOT))])
-        done = shell("-c", code, path=Path(path))
+        done = shell("-c", code, path=beside(tmp_path / f"acme-{kind}/src"))
         assert done.out.endswith("} False\n"), done.err
 
 
@@ -207,8 +211,13 @@ def test_an_installed_plugin_is_checked_by_its_name(cli: Callable[..., Done]) ->
     assert "controller-earlystop" in done.out
 
 
-def test_a_broken_plugin_says_why(cli: Callable[..., Done], plugin_file: Callable[..., Path]) -> None:
+def test_a_broken_plugin_says_why(
+    cli: Callable[..., Done], shell: Callable[..., Done], plugin_file: Callable[..., Path], install: Callable[..., Path]
+) -> None:
     done = cli("check-plugin", plugin_file("acme_broken", "import kdcore\n1 / 0\n"))
     assert (done.code, "ZeroDivisionError: division by zero" in done.err) == (3, True)
+    site = install("acme", "import kdcore\nKDCORE_HOOKS = 99\n")
+    done = shell("-m", "kdcore", "check-plugin", "acme", path=beside(site))
+    assert (done.code, "acme (acme-dist 1.0): it needs kdcore hooks 99" in done.err) == (3, True)
     done = cli("check-plugin", "earlystopp")
     assert (done.code, "Did you mean 'earlystop'?" in done.err) == (3, True)
