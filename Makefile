@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 BUILT := .venv/built
 
-.PHONY: install demo test test-long test-kill lint bench cuda-check abi-check numerics clean
+.PHONY: install demo test test-long test-kill lint bench cuda-check abi-check numerics hooks clean
 
 install: $(BUILT)
 
@@ -47,6 +47,10 @@ lint: $(READY)
 # after a change to files that decide trained weights: raise kdcore.NUMERICS if it changes one, then record the files
 numerics: $(READY)
 	$(BIN)/python tests/test_numerics.py
+
+# after a change to what plugins rely on: raise HOOKS_VERSION if an existing one can notice it, then record it
+hooks: $(READY)
+	$(BIN)/python tests/contract.py
 
 bench: $(BUILT)
 	$(BIN)/python benchmarks/bench_losses.py

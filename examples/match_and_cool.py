@@ -14,13 +14,14 @@ def kdcore_register(registry):
 
 class Match(nn.Module):
     needs = frozenset({"logits"})  # of {"logits", "taps", "index", "target"}
+    shift_invariant = False  # of a promise that most losses keep: see docs/plugin-reference.md
 
     @classmethod
     def build(cls, shapes, options):  # options: an instance of cls.Options, if it has one
         return cls()
 
     def forward(self, student, teacher, batch):  # Outputs with .logits [B, C] and .taps; batch.target [B]
-        return F.mse_loss(student.logits, teacher.logits)
+        return F.mse_loss(student.logits, teacher.logits.detach())
 
 
 class Cool:

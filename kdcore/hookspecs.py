@@ -53,8 +53,8 @@ def kdcore_register(registry: Registrar) -> None:
 
 # ---------------------------------------------------------------- observers
 # The return value is ignored. One that raises is reported once and muted for the rest of the run
-# (``--strict-plugins`` makes it fatal); the report lists it. ``run`` is a mapping of plain values: id, dir, recipe,
-# seed; ``stage`` is one with key, name, members and length.
+# (``--strict-plugins`` makes it fatal); the report lists it. ``run`` is a mapping of plain values: id, dir and seed;
+# ``stage`` is one with key, name, members and length.
 
 
 @hookspec

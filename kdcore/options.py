@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic import Field as Field
@@ -41,9 +41,13 @@ class Plain(BaseModel):
 
 
 class Options(Plain):
-    """Base of every options class: frozen, and an unknown key is an error with a did-you-mean."""
+    """Base of every options class: frozen, and an unknown key is an error with a did-you-mean.
+
+    A class with required fields gives an ``example`` of them, which :mod:`kdcore.testing` checks its owner with.
+    """
 
     model_config = ConfigDict(extra="forbid")
+    example: ClassVar[Mapping[str, Any]] = {}
 
 
 Model = TypeVar("Model", bound=BaseModel)

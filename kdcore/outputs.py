@@ -42,11 +42,12 @@ class Shapes:
 class Loss(Protocol):
     """A registered loss: a class with ``needs`` and ``build``.
 
-    ``needs`` is a subset of {"logits", "taps", "index", "target"}. ``build`` returns a module whose
-    ``forward(student: Outputs, teacher: Outputs | None, batch: Batch)`` gives a scalar, or a dict of scalars that are
-    summed. Parameters of the module are trained with its member and saved. An option that a knob may set is an
+    ``needs`` is a subset of {"logits", "taps", "index", "target"}; with "taps" the class has a static or class method
+    ``taps(options)``, which gives the names of the student's taps and those of the source's. ``build`` returns a module
+    whose ``forward(student: Outputs, teacher: Outputs | None, batch: Batch)`` gives a scalar, or a dict of scalars that
+    are summed. Parameters of the module are trained with its member and saved. An option that a knob may set is an
     attribute of the module of the same name. A module with a method ``with_cross_entropy`` computes cross-entropy in
-    the same call (see :mod:`kdcore.losses.terms`).
+    the same call (see :mod:`kdcore.losses.terms`). Other promises are those that :mod:`kdcore.testing.loss` checks.
     """
 
     needs: frozenset[str]

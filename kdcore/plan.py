@@ -168,6 +168,31 @@ class Stage:
         yield from self.uses.values()
 
 
+def check_stage(stage: Stage) -> None:
+    """Refuses a stage whose words do not fit together.
+
+    Raises:
+        PlanError: names the member and what to write.
+    """
+    where = f"stage {stage.name!r}"
+    if not stage.members or stage.length < 0:
+        raise PlanError("a stage has members and a length from 0", where=where)
+    if stage.tick != "epoch" and (stage.tick < 1 or stage.length % stage.tick):
+        raise PlanError(f"length {stage.length} is not a multiple of tick {stage.tick}", where=where)
+    for name, member in stage.members.items():
+        labels = [term.label for term in member.terms]
+        if len(set(labels)) < len(labels):
+            raise PlanError(f"terms {labels}", where=f"{where}, member {name!r}", fix="Give each term its own name.")
+        if any("." in text for text in (name, *labels)) or name == "data":
+            raise PlanError("names hold no dot, and data is taken", where=f"{where}, member {name!r}")
+        if member.terms and member.optimizer is None:
+            raise PlanError("has terms but no optimizer", where=f"{where}, member {name!r}")
+        for term in member.terms:
+            if term.source is not None and term.source not in stage.members:
+                fix = suggest(term.source, stage.members)
+                raise PlanError(f"no member {term.source!r}", where=f"{where}, {name}.{term.label}.source", fix=fix)
+
+
 @dataclass(frozen=True)
 class Set:
     """Sets a knob: ``student.kd.weight``, ``student.kd.source``, ``student.kd.temperature``, ``data.difficulty``."""

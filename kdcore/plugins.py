@@ -115,7 +115,7 @@ def load_plugins(block: Iterable[str] = (), files: Iterable[str | Path] = (), st
     manager.add_hookspecs(hookspecs)
     host = PluginHost(manager, Catalog(), strict=strict)
     blocked = set(block)
-    _register(host, Origin(CORE), builtin)
+    register(host, Origin(CORE), builtin)
     for name, points in sorted(installed(host.broken).items()):
         if not host.leaves_out(name, blocked):
             _attempt(host, Origin(name, *_distribution(points)), partial(_load_entry_point, points))
@@ -138,7 +138,7 @@ def _attempt(host: PluginHost, origin: Origin, load: Callable[[], ModuleType], p
             if name in host.origins:
                 raise PluginError(f"its name is taken by {host.origins[name]}", fix="Rename one of them.")
             module = load()
-            _register(host, origin, module)
+            register(host, origin, module)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -159,7 +159,12 @@ def _load_entry_point(points: list[EntryPoint]) -> ModuleType:
     return found
 
 
-def _register(host: PluginHost, origin: Origin, module: ModuleType) -> None:
+def register(host: PluginHost, origin: Origin, module: ModuleType) -> None:
+    """Adds a plugin's hooks and what it registers to the host.
+
+    Raises:
+        PluginError: it breaks the contract of hooks; says how.
+    """
     _check_version(module)
     _check_hooks(module)
     host.manager.register(module, origin.plugin)

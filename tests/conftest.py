@@ -89,7 +89,7 @@ def cli(
 def shell(tmp_path: Path) -> Callable[..., Done]:
     """Runs Python with these arguments in a process of its own, in an empty folder."""
 
-    def run(*arguments: object, path: Path | None = None) -> Done:
+    def run(*arguments: object, path: Path | str | None = None) -> Done:
         environment = {**os.environ, "COLUMNS": "160", **({"PYTHONPATH": str(path)} if path else {})}
         command = [sys.executable, *map(str, arguments)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)

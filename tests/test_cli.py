@@ -14,7 +14,7 @@ from conftest import Done
 from kdcore import __version__, errors
 from kdcore.errors import EXIT_CODES, KdError
 
-BUILT_IN = ("run", "resume", "plan", "plugins", "report", "doctor", "store")
+BUILT_IN = ("run", "resume", "plan", "plugins", "new-plugin", "check-plugin", "report", "doctor", "store")
 
 
 # ---------------------------------------------------------------- start-up
@@ -46,7 +46,9 @@ def test_help_is_quick(shell: Callable[..., Done]) -> None:
     assert seconds(lambda: shell("-m", "kdcore", "--help")) < 2 * 0.400
 
 
-@pytest.mark.parametrize("command", [("--help",), ("plugins",), ("run", "--help"), ("store", "ls")])
+@pytest.mark.parametrize(
+    "command", [("--help",), ("plugins",), ("new-plugin", "acme"), ("run", "--help"), ("store", "ls")]
+)
 def test_light_commands_never_import_torch(command: tuple[str, ...], shell: Callable[..., Done]) -> None:
     done = shell("-X", "importtime", "-m", "kdcore", *command)
     assert done.code == 0

@@ -1,115 +1,199 @@
-"""The conformance checks pass what the project ships and fail what is broken."""
+"""What the project ships keeps every promise that the conformance kit checks, and so do unusual things."""
 
 from __future__ import annotations
 
-import itertools
+import subprocess
+import sys
+from typing import ClassVar
+from unittest import SkipTest
 
 import pytest
 import torch
+import torch.nn.functional as F
+from mutants import SOUND
+from small import PROOFS
 from torch import nn
 
 import kdcore
-from kdcore.plugins import load_plugins
-from kdcore.testing import check_loss, check_model, check_strategy, run_view
+from kdcore.finding import load_file
+from kdcore.testing import Subject, checks_of, parametrize_with_checks, subjects_of, verdicts
+from kdcore.testing.subject import Check, require
 
-CATALOG = load_plugins().catalog
-
-
-def test_the_projects_strategies_conform():
-    check_strategy(CATALOG.find("strategy", "distill").load())
-    assistants = CATALOG.find("strategy", "assistants").load()
-    check_strategy(assistants, assistants.Options(assistants=[{"model": "mlp", "size": 2}]))
-
-
-@pytest.mark.parametrize("name", ["cross_entropy", "kd", "dkd"])
-@pytest.mark.parametrize("normalize", ["none", "class", "instance"])
-def test_the_projects_losses_conform(name, normalize):
-    entry = CATALOG.find("loss", name)
-    options = {} if name == "cross_entropy" else {"normalize": normalize}
-    check_loss(entry.load(), entry.options_class()(**options))
+FEW = {"mlp", "cnn", "resnet", "squeezenet1_1", "shufflenet_v2_x0_5"}
+SHIPPED = [
+    subject
+    for plugin in ("assistants", "core", "distill", "dskd", "earlystop", "vision")
+    for subject in subjects_of(plugin)
+    if subject.kind != "model" or subject.name in FEW
+]
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet"])
-def test_the_projects_models_conform(name):
-    entry = CATALOG.find("model", name)
-    check_model(entry.load(), entry.options_class()(size=3))
+@parametrize_with_checks(*SHIPPED)
+def test_what_the_project_ships_conforms(check):
+    check()
 
 
-class Restless:
-    Options = kdcore.Options
-    numbers = itertools.count()
-
-    def plan(self, run, options):
-        stage = run.label_only("teacher", kdcore.ModelRef("mlp", {"size": next(self.numbers)}))
-        yield stage
-        return kdcore.Outcome(stage["teacher"])
-
-
-class Endless:
-    Options = kdcore.Options
-
-    def plan(self, run, options):
-        while True:
-            yield run.label_only("teacher", run.teacher)
+@pytest.mark.parametrize("name", ["kd", "dkd"])
+@pytest.mark.parametrize("normalize", ["class", "instance"])
+def test_losses_conform_under_every_normalisation(name, normalize):
+    (subject,) = [s for s in subjects_of("core") if s.name == name]
+    options = subject.entry.options_class()(normalize=normalize)
+    failed = [v for v in verdicts(Subject("loss", name, subject.target, options)) if v.state == "failed"]
+    assert not failed
 
 
-class Empty:
-    Options = kdcore.Options
-
-    def plan(self, run, options):
-        yield run.label_only("teacher", run.teacher)
+# ---------------------------------------------------------------- losses of every sort
 
 
-@pytest.mark.parametrize(
-    ("broken", "says"), [(Restless, "replay asks for other"), (Endless, "does it end"), (Empty, "not an Outcome")]
-)
-def test_a_broken_strategy_fails(broken, says):
-    with pytest.raises(AssertionError, match=says):
-        check_strategy(broken, view=run_view(epochs=2))
+class Relations(nn.Module):
+    """Distances between samples, as relational distillation compares them: no mean over samples, no logits."""
+
+    needs: ClassVar = frozenset({"taps"})
+    mean_over_batch = False
+
+    @staticmethod
+    def taps(options):
+        return ("stage1", "pooled"), ("stage3", "pooled")
+
+    @classmethod
+    def build(cls, shapes, options):
+        return cls()
+
+    def forward(self, student, teacher, batch):
+        own, other = ([self.relations(tap.flatten(1)) for tap in side.taps.values()] for side in (student, teacher))
+        return {f"level{i}": F.smooth_l1_loss(a, b.detach()) for i, (a, b) in enumerate(zip(own, other, strict=True))}
+
+    def relations(self, features):
+        features = F.normalize(features if features.dtype == torch.float64 else features.float())
+        return features @ features.T
 
 
-def broken_loss(formula):
-    class Broken(nn.Module):
-        needs = frozenset({"logits"})
+class Same(nn.Module):
+    """Compares features as they are, so that both sides need one shape; only vectors."""
 
-        @classmethod
-        def build(cls, shapes, options):
-            return cls()
+    needs: ClassVar = frozenset({"taps"})
 
-        def forward(self, student, teacher, batch):
-            return formula(student.logits, teacher.logits)
+    @staticmethod
+    def taps(options):
+        return ("stage1",), ("stage1",)
 
-    return Broken
+    @classmethod
+    def build(cls, shapes, options):
+        assert shapes.student == shapes.teacher
+        assert len(shapes.student["stage1"]) == 1
+        return cls()
 
-
-@pytest.mark.parametrize(
-    ("formula", "says"),
-    [
-        (lambda s, t: (s - t).pow(2).mean(1), "not a scalar"),
-        (lambda s, t: s.exp().mean(), "it is inf"),
-        (lambda s, t: (s[0] - t[0]).pow(2).mean(), "order of samples"),
-        (lambda s, t: (s - t).abs().mean() + (s * 0).sqrt().mean(), "gradient is not finite"),
-    ],
-)
-def test_a_broken_loss_fails(formula, says):
-    with pytest.raises(AssertionError, match=says):
-        check_loss(broken_loss(formula))
+    def forward(self, student, teacher, batch):
+        a, b = student.taps["stage1"], teacher.taps["stage1"].detach()
+        return F.mse_loss(a.double(), b.double()).to(torch.promote_types(a.dtype, torch.float32))
 
 
-def test_a_broken_model_fails():
-    class Noisy(nn.Module):
-        taps = {"stage1": "nowhere"}  # noqa: RUF012
+class Memory(nn.Module):
+    """Remembers each sample's logits of the last epoch (self-distillation on labels alone), by its index."""
 
-        def __init__(self, noise):
-            super().__init__()
-            self.layer, self.noise = nn.Linear(3 * 16 * 16, 7), noise
+    class Options(kdcore.Options):
+        on_labels: ClassVar[bool] = True
+        momentum: float = kdcore.Field(0.9, ge=0, lt=1, description="a share from 0 to below 1")
 
-        def forward(self, x):
-            return self.layer(x.flatten(1)) + self.noise * torch.randn(7)
+    needs: ClassVar = frozenset({"logits", "target", "index"})
 
-    with pytest.raises(AssertionError, match="not deterministic"):
-        check_model(lambda options, data: Noisy(1.0))
-    with pytest.raises(AssertionError, match="names no submodule"):
-        check_model(lambda options, data: Noisy(0.0))
-    with pytest.raises(AssertionError, match="2 images of 8 classes"):
-        check_model(lambda options, data: Noisy(0.0), classes=8)
+    def __init__(self, shapes, options):
+        super().__init__()
+        self.momentum = options.momentum
+        self.register_buffer("bank", torch.zeros(shapes.samples, shapes.classes))
+
+    @classmethod
+    def build(cls, shapes, options):
+        return cls(shapes, options)
+
+    def forward(self, student, teacher, batch):
+        assert teacher is None
+        logits = student.logits if student.logits.dtype == torch.float64 else student.logits.float()
+        wanted = self.momentum * self.bank[batch.index] + (1 - self.momentum) * F.one_hot(batch.target, logits.shape[1])
+        self.bank[batch.index] = logits.softmax(1).detach().to(self.bank.dtype)
+        return -(wanted * F.log_softmax(logits, 1)).sum(1).mean()
+
+
+@parametrize_with_checks(*(Subject("loss", loss.__name__, loss) for loss in (Relations, Same, Memory)))
+def test_losses_of_other_sorts_conform(check):
+    check()
+
+
+# ---------------------------------------------------------------- unusual plugins
+
+
+@pytest.fixture(scope="module")
+def proofs():
+    yield subjects_of(load_file(PROOFS))
+    sys.modules.pop("proofs", None)
+
+
+def test_strategies_and_controllers_of_streams_swaps_and_two_players_conform(proofs):
+    found = {f"{s}-{v.check.name}": v for s in proofs if s.kind in ("strategy", "controller") for v in verdicts(s)}
+    # these two assert that they see numbers, since that is what they prove
+    meant = {f"controller-{name}-survives-ticks-without-numbers" for name in ("harder", "swap")}
+    assert {name: v.reason for name, v in found.items() if v.state == "failed"}.keys() == meant
+    assert found["controller-swap-goes-on-from-its-state"].state == "passed"
+
+
+def test_a_plugin_that_imports_torch_at_once_is_told(proofs):
+    (failed,) = [v for v in verdicts(proofs[0]) if v.state == "failed"]
+    assert failed.check.name == "imports-no-torch"
+
+
+# ---------------------------------------------------------------- the kit itself
+
+
+def test_a_subject_without_an_example_of_required_options_says_what_to_give():
+    class Sized(SOUND["strategy"]):
+        class Options(kdcore.Options):
+            size: int = kdcore.Field(ge=1, description="a number from 1")
+
+    with pytest.raises(AssertionError, match=r"strategy sized\.size: missing.*ClassVar `example`"):
+        Subject("strategy", "sized", Sized).example()
+    Sized.Options.example = {"size": 2}
+    assert Subject("strategy", "sized", Sized).example().size == 2
+
+
+def test_a_plugin_that_is_not_there_or_broken_is_named(install):
+    with pytest.raises(kdcore.PluginError, match=r"no plugin 'asistants' is installed\. Did you mean 'assistants'"):
+        subjects_of("asistants")
+
+
+def test_a_check_turns_any_error_into_a_failure_with_its_place_and_keeps_skips():
+    def stumbles(subject):
+        raise KeyError("lost")
+
+    def skips(subject):
+        raise SkipTest("no taps")
+
+    with pytest.raises(AssertionError, match=r"it raised KeyError: 'lost', .*test_testing.py line"):
+        Check("loss", "x", "", stumbles)(SHIPPED[0])
+    with pytest.raises(SkipTest, match="no taps"):
+        Check("loss", "x", "", skips)(SHIPPED[0])
+    with pytest.raises(AssertionError, match=r"^it is broken\. Mend it\.$"):
+        require(False, "it is broken", "Mend it.")
+
+
+def test_every_check_says_its_promise_and_why():
+    for kind in ("strategy", "controller", "loss", "model", "plugin"):
+        for check in checks_of(Subject(kind, "any", None)):
+            assert 20 < len(check.about) < 120, check.name
+            _, _, why = check.body.__doc__.partition("\n\n")
+            assert why.strip(), f"{check.name} does not say why"
+
+
+def test_tests_have_readable_names():
+    decorator = parametrize_with_checks("distill").mark
+    names = [decorator.kwargs["ids"](case) for case in decorator.args[1]]
+    assert "strategy-distill-replays" in names
+    assert "plugin-distill-imports-no-torch" in names
+
+
+def test_the_kit_imports_neither_torch_nor_pytest_nor_hypothesis():
+    code = (
+        "import sys; from kdcore.testing import subjects_of, verdicts\n"
+        "assert all(v.state == 'passed' for s in subjects_of('distill') for v in verdicts(s))\n"
+        "assert not {'torch', 'pytest', 'hypothesis'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -39,11 +39,11 @@ def build(arguments: list[str]) -> typer.Typer:
         add_completion=False,
     )
     app.callback()(_top)
-    commands = (run, resume, plan, plugins, report, doctor)
+    commands = (run, resume, plan, plugins, new_plugin, check_plugin, report, doctor)
     for command in commands:
         app.command()(command)
     app.add_typer(_store_app(), name="store", help="List, clean, pack and unpack stored results.")
-    built_in = {"store", *(command.__name__ for command in commands)}
+    built_in = {"store", *(command.__name__.replace("_", "-") for command in commands)}
     if not built_in & set(arguments[:1]):
         add_commands(app, load_plugins(), built_in, arguments)
     return app
@@ -140,6 +140,31 @@ def plugins(
         show(host)
     else:
         show_options(host, name)
+
+
+def new_plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of the package, e.g. born-again")],
+    strategy: Annotated[bool, typer.Option("--strategy", help="what to train next (the default)")] = False,
+    loss: Annotated[bool, typer.Option("--loss", help="what a student minimises")] = False,
+    controller: Annotated[bool, typer.Option("--controller", help="what changes while a stage trains")] = False,
+    model: Annotated[bool, typer.Option("--model", help="from images to logits")] = False,
+    parent: Annotated[Path, typer.Option("--dir", metavar="DIR", help="where the package's folder is made")] = Path(),
+) -> None:
+    """Write a small package with one plugin, its test and a recipe to try it."""
+    from .author import create
+
+    flags = {"strategy": strategy, "loss": loss, "controller": controller, "model": model}
+    create(name, [kind for kind, wanted in flags.items() if wanted], parent, load_plugins())
+
+
+def check_plugin(
+    plugin: Annotated[str, typer.Argument(metavar="NAME|FILE", help="an installed plugin, or a .py file")],
+) -> None:
+    """Run kdcore's conformance checks on all that a plugin registers."""
+    from .author import check
+
+    module = _host([], [plugin]).manager.get_plugin(Path(plugin).stem) if plugin.endswith(".py") else None
+    check(module or plugin)
 
 
 def report(

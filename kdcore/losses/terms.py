@@ -56,6 +56,11 @@ class Distillation(nn.Module):
         """The smallest batch that it can take: one sample has no class statistics."""
         return 2 if self.normalize == "class" else 1
 
+    @property
+    def shift_invariant(self) -> bool:
+        """False where a constant added to a sample's logits counts: it moves the class statistics of the others."""
+        return self.normalize != "class"
+
     def forward(self, student: Outputs, teacher: Outputs | None, batch: HasTarget) -> Tensor:
         return self._call(student, teacher, batch, self._settings())[0]
 
@@ -79,15 +84,16 @@ class Distillation(nn.Module):
         raise NotImplementedError
 
     def _settings(self, weight: float = 1.0, ce_weight: float = 0.0, label_smoothing: float = 0.0) -> KDSettings:
-        return KDSettings(
-            temperature=self.temperature,
-            normalize=self.normalize,
-            eps=self.eps,
-            kd_weight=weight,
-            ce_weight=ce_weight,
-            label_smoothing=label_smoothing,
-            teacher_grad=self.teacher_grad,
-        )
+        # a literal: torch.compile cannot trace the call KDSettings(...)
+        return {
+            "temperature": self.temperature,
+            "normalize": self.normalize,
+            "eps": self.eps,
+            "kd_weight": weight,
+            "ce_weight": ce_weight,
+            "label_smoothing": label_smoothing,
+            "teacher_grad": self.teacher_grad,
+        }
 
 
 class KD(Distillation):

@@ -210,12 +210,13 @@ def _decide(session: Session) -> None:
         knobs=dict(session.knobs.values),
     )
     for name, controller in session.controllers:
-        for decision in _decisions(name, controller.decide(view)):
+        for decision in decisions_of(name, controller.decide(view)):
             session.events.append(_apply(session, name, decision))
             session.emit({"kind": "decision", "event": session.events[-1]})
 
 
-def _decisions(controller: str, found: Any) -> list[Decision]:
+def decisions_of(controller: str, found: Any) -> list[Decision]:
+    """What ``decide`` gave, as a list."""
     decisions = [] if found is None else list(found) if isinstance(found, Iterable) else [found]
     for decision in decisions:
         if not isinstance(decision, Decision):

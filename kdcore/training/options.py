@@ -10,7 +10,7 @@ class SGDOptions(Options):
 
     momentum: float = Field(0.9, ge=0, lt=1, description="a momentum from 0 to below 1")
     weight_decay: float = Field(0.0, ge=0, description="a weight decay from 0, e.g. 5e-4")
-    nesterov: bool = False
+    nesterov: bool = Field(False, description="true for Nesterov's momentum")
 
 
 class AdamWOptions(Options):

@@ -6,7 +6,8 @@ from the one before it; the first is trained on labels alone.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import kdcore
 
@@ -23,6 +24,8 @@ class Assistants:
 
     class Options(kdcore.Options):
         """The chain between teacher and student."""
+
+        example: ClassVar[Mapping[str, Any]] = {"assistants": [{"model": "mlp", "size": 2}]}
 
         assistants: list[dict[str, Any]] = kdcore.Field(
             min_length=1, description='the models between teacher and student, e.g. [{ model = "cnn", size = 2 }]'

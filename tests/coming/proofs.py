@@ -42,12 +42,16 @@ class SwapStrategy:
     def plan(self, run, options):
         first = run.label_only("teacher", run.teacher)
         yield first
-        a = _player(run, run.student, "teacher", 1.0)
-        b = _player(run, run.teacher, "student", 0.0, init=first["teacher"])
-        stage = kdcore.Stage("swap", {"student": a, "teacher": b}, run.data, run.epochs, seed=run.seed)
-        stage = dataclasses.replace(stage, controllers=(kdcore.Spec("swap"),))
+        stage = swap(run, first["teacher"])
         yield stage
         return kdcore.Outcome(stage["student"], first["teacher"])
+
+
+def swap(run: kdcore.RunView, teacher: kdcore.ResultRef) -> kdcore.Stage:
+    a = _player(run, run.student, "teacher", 1.0)
+    b = _player(run, run.teacher, "student", 0.0, init=teacher)
+    stage = kdcore.Stage("swap", {"student": a, "teacher": b}, run.data, run.epochs, seed=run.seed)
+    return dataclasses.replace(stage, controllers=(kdcore.Spec("swap"),))
 
 
 def _player(run, model, source, weight, init=None):
@@ -64,6 +68,10 @@ class Swap:
 
     def __init__(self, options):
         self.learner = "student"
+
+    @staticmethod
+    def example_stage(run):
+        return swap(run, run.label_only("teacher", run.teacher)["teacher"])
 
     def decide(self, view: kdcore.TickView) -> Iterable[kdcore.Decision]:
         if view.now("student") is None or view.now("teacher") is None:
@@ -197,13 +205,17 @@ class StreamStrategy:
     def plan(self, run, options):
         teacher = run.label_only("teacher", run.teacher)
         yield teacher
-        stage = run.distilled(run.student, teacher["teacher"])
-        data = dataclasses.replace(stage.data, source=kdcore.Spec("stream"))
-        stage = dataclasses.replace(
-            stage, name="stream", data=data, tick=50, length=200, controllers=(kdcore.Spec("harder"),)
-        )
+        stage = stream(run, teacher["teacher"])
         yield stage
         return kdcore.Outcome(stage["student"], teacher["teacher"])
+
+
+def stream(run: kdcore.RunView, teacher: kdcore.ResultRef) -> kdcore.Stage:
+    stage = run.distilled(run.student, teacher)
+    data = dataclasses.replace(stage.data, source=kdcore.Spec("stream"))
+    return dataclasses.replace(
+        stage, name="stream", data=data, tick=50, length=200, controllers=(kdcore.Spec("harder"),)
+    )
 
 
 class Stream:
@@ -233,6 +245,10 @@ class Harder:
 
     def __init__(self, options):
         pass
+
+    @staticmethod
+    def example_stage(run):
+        return stream(run, run.label_only("teacher", run.teacher)["teacher"])
 
     def decide(self, view):
         assert view.now("student", "kl") is not None

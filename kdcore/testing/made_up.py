@@ -1,0 +1,171 @@
+"""Made-up outputs and batches for losses, in the shapes that a loss asks for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batch
+from ..options import Options
+from ..outputs import Outputs, Shapes
+
+Change: TypeAlias = Callable[[Tensor], Tensor]
+CLASSES, ROWS, SAMPLES = 5, 6, 64
+VECTOR, MAP = ((6,), (8,)), ((4, 4, 4), (6, 4, 4))  # shapes of the student's tap and of the teacher's
+
+
+def build(loss: Any, options: Options, seed: int = 0) -> nn.Module:
+    """A registered loss as the framework builds it, with adapters drawn under ``seed``.
+
+    Taps get shapes of their own: another width in the teacher than in the student, equal ones where the loss cannot
+    compare different widths.
+    """
+    return _fitting(loss, options, seed)[0]
+
+
+def _fitting(loss: Any, options: Options, seed: int) -> tuple[nn.Module, Shapes]:
+    problem: Exception | None = None
+    for shapes in _candidates(loss, options):
+        try:
+            module = _build(loss, options, shapes, seed)
+            value(module, make_up(shapes, loss, options))
+        except Exception as error:
+            problem = problem or error
+        else:
+            return module, shapes
+    assert problem is not None
+    raise problem
+
+
+def _build(loss: Any, options: Options, shapes: Shapes, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module: nn.Module = loss.build(shapes, options)
+    return module
+
+
+def _candidates(loss: Any, options: Options) -> Iterator[Shapes]:
+    """Shapes of taps to try: maps and vectors by name, then all of a kind; different widths, then equal ones."""
+    own, other = loss.taps(options) if "taps" in loss.needs else ((), ())
+
+    def shapes(names: Sequence[str], maps: bool | None, teacher: bool) -> dict[str, tuple[int, ...]]:
+        is_map = {name: name != "pooled" if maps is None else maps for name in names}
+        return {name: (MAP if is_map[name] else VECTOR)[teacher] for name in names}
+
+    for teacher in (True, False):
+        for maps in (None, True, False) if own or other else (None,):
+            yield Shapes(CLASSES, SAMPLES, shapes(own, maps, False), shapes(other, maps, teacher))
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a loss gets: the student's outputs, the source's, and the batch."""
+
+    student: Outputs
+    teacher: Outputs | None
+    batch: Batch
+
+    def leaves(self, teacher: bool = False) -> list[Tensor]:
+        """Logits and taps of the student, or of the teacher."""
+        side = self.teacher if teacher else self.student
+        return [] if side is None else [side.logits, *side.taps.values()]
+
+    def take(self, index: Tensor) -> Given:
+        """The rows at ``index`` [M], int64."""
+        old = self.batch
+        batch = Batch(old.inputs[index], old.target[index], old.index[index], old.epoch)
+        return replace(self.map(lambda tensor: tensor[index]), batch=batch)
+
+    def to(self, device: str) -> Given:
+        """A copy without gradients on another device."""
+        old = self.batch
+        batch = Batch(old.inputs.to(device), old.target.to(device), old.index.to(device), old.epoch)
+        return replace(self.map(lambda tensor: tensor.detach().to(device)), batch=batch)
+
+    def map(self, function: Change) -> Given:
+        """With ``function`` applied to logits and taps of both sides."""
+        return self.map_student(function).map_teacher(function)
+
+    def map_student(self, function: Change) -> Given:
+        """With ``function`` applied to the student's logits and taps."""
+        return replace(self, student=_mapped(self.student, function))
+
+    def map_teacher(self, function: Change) -> Given:
+        """With ``function`` applied to the teacher's logits and taps, if there is one."""
+        return self if self.teacher is None else replace(self, teacher=_mapped(self.teacher, function))
+
+
+def _mapped(side: Outputs, function: Change) -> Outputs:
+    return Outputs(function(side.logits), {name: function(tap) for name, tap in side.taps.items()})
+
+
+def make_up(
+    shapes: Shapes,
+    loss: Any,
+    options: Options,
+    *,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+) -> Given:
+    """Random outputs of :data:`ROWS` samples; the student's require a gradient. Losses on labels have no teacher."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(ROWS, *shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    def outputs(taps: Mapping[str, tuple[int, ...]]) -> Outputs:
+        return Outputs(draw(CLASSES), {name: draw(*shape) for name, shape in taps.items()})
+
+    target = torch.arange(ROWS) % CLASSES
+    batch = Batch(draw(1, 8, 8).float(), target, torch.randperm(SAMPLES, generator=generator)[:ROWS], 0.0)
+    student, teacher = outputs(shapes.student), outputs(shapes.teacher)
+    alone = getattr(type(options), "on_labels", False)
+    return Given(student, None if alone else teacher, batch).map_student(Tensor.requires_grad_)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A loss that was built, and inputs of the right shapes for it."""
+
+    loss: Any
+    options: Options
+    shapes: Shapes
+    module: nn.Module
+
+    @classmethod
+    def of(cls, loss: Any, options: Options, seed: int = 0) -> Made:
+        module, shapes = _fitting(loss, options, seed)
+        return cls(loss, options, shapes, module)
+
+    def again(self, options: Options | None = None, seed: int = 0) -> nn.Module:
+        """Built anew, with other options or another seed of its adapters."""
+        return _build(self.loss, options or self.options, self.shapes, seed)
+
+    def given(self, **how: Any) -> Given:
+        """Inputs; ``how`` as for :func:`make_up`."""
+        return make_up(self.shapes, self.loss, self.options, **how)
+
+
+def value(module: nn.Module, given: Given) -> Tensor:
+    """What a loss gives, dicts summed: from a copy of the module, under one seed, so that calls do not depend on the
+    ones before.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return total(copy.deepcopy(module)(given.student, given.teacher, given.batch))
+
+
+def total(found: Any) -> Tensor:
+    """A scalar, or the sum of a dict of scalars."""
+    return torch.stack(list(found.values())).sum() if isinstance(found, dict) else torch.as_tensor(found)
+
+
+def gradients(module: nn.Module, given: Given, teacher: bool = False) -> list[Tensor | None]:
+    """Gradients of the loss for logits and taps of one side; None where it does not depend on them."""
+    found, leaves = value(module, given), given.leaves(teacher)
+    return list(torch.autograd.grad(found, leaves, allow_unused=True)) if found.requires_grad else [None] * len(leaves)
