@@ -68,28 +68,28 @@ def _random_states() -> dict[str, tuple[Any, Callable[[Any, Any], bool], Callabl
 @contextmanager
 def shifted_clock(target: Any) -> Iterator[None]:
     """Another time of day in ``time``, ``datetime`` and the names that the target's module imported from them."""
-    others = {id(real): (name, other) for name, real, other in _later()}
+    others = {id(real): other for real, other in _later()}
     modules = [time, datetime, sys.modules.get(getattr(target, "__module__", None) or "")]
     with ExitStack() as stack:
         for module in filter(None, modules):
             for name, value in list(vars(module).items()):
                 if id(value) in others:
-                    stack.enter_context(patch.object(module, name, others[id(value)][1]))
+                    stack.enter_context(patch.object(module, name, others[id(value)]))
         yield
 
 
-def _later() -> Iterator[tuple[str, Any, Any]]:
-    """(name, real, shifted) of everything that tells the time."""
+def _later() -> Iterator[tuple[Any, Any]]:
+    """(real, shifted) of everything that tells the time."""
     for name in ("time", "monotonic", "perf_counter", "process_time"):
-        yield name, getattr(time, name), _added(getattr(time, name), SHIFT)
-        yield f"{name}_ns", getattr(time, f"{name}_ns"), _added(getattr(time, f"{name}_ns"), int(SHIFT * 1e9))
-    now, local = _added(time.time, SHIFT), time.localtime
-    for name in ("localtime", "gmtime", "ctime"):
-        yield name, getattr(time, name), _at(getattr(time, name), now)
-    strftime = time.strftime
-    yield "strftime", strftime, lambda text, when=None: strftime(text, local(now()) if when is None else when)
+        real, in_ns = getattr(time, name), getattr(time, f"{name}_ns")
+        yield real, _added(real, SHIFT)
+        yield in_ns, _added(in_ns, int(SHIFT * 1e9))
+    now, local, strftime = _added(time.time, SHIFT), time.localtime, time.strftime
+    for real in (local, time.gmtime, time.ctime):
+        yield real, _at(real, now)
+    yield strftime, lambda text, when=None: strftime(text, local(now()) if when is None else when)
     for cls in (datetime.datetime, datetime.date):
-        yield cls.__name__, cls, _later_class(cls, now)
+        yield cls, _later_class(cls, now)
 
 
 def _added(real: Callable[[], float], shift: float) -> Callable[[], float]:
