@@ -59,10 +59,14 @@ def _random_states() -> dict[str, tuple[Any, Callable[[Any, Any], bool], Callabl
     """State, comparison and restoring of every generator whose library was imported."""
     found: dict[str, Any] = {"random": (random.getstate(), lambda a, b: a == b, random.setstate)}
     if numpy := sys.modules.get("numpy"):
-        found["numpy"] = (numpy.random.get_state(), lambda a, b: repr(a) == repr(b), numpy.random.set_state)
+        found["numpy"] = (numpy.random.get_state(), _same_in_numpy, numpy.random.set_state)
     if torch := sys.modules.get("torch"):
         found["torch"] = (torch.get_rng_state(), torch.equal, torch.set_rng_state)
     return found
+
+
+def _same_in_numpy(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return one[2:] == other[2:] and bool((one[1] == other[1]).all())  # position and keys of the Mersenne twister
 
 
 @contextmanager
@@ -126,9 +130,14 @@ def process_left_alone(target: Any) -> Iterator[None]:
 
 
 def _attributes(target: Any) -> dict[str, tuple[int, str]]:
-    """Identity of every attribute of a class, and the content of those that hold values."""
+    """Identity of every attribute of a class and its bases, and the content of those that hold values."""
     held = (list, dict, set, bytearray)
-    return {name: (id(v), repr(v) if isinstance(v, held) else "") for name, v in vars(target).items()}
+    return {
+        f"{cls.__name__}.{name}": (id(value), repr(value) if isinstance(value, held) else "")
+        for cls in getattr(target, "__mro__", ())
+        for name, value in vars(cls).items()
+        if not name.startswith("__")  # Python itself adds some when they are first asked for
+    }
 
 
 def options_survive_json(subject: Subject) -> None:
