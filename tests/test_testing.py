@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import ClassVar
@@ -10,7 +11,7 @@ from unittest import SkipTest
 import pytest
 import torch
 import torch.nn.functional as F
-from mutants import SOUND
+from mutants import SOUND, subject
 from small import PROOFS
 from torch import nn
 
@@ -21,10 +22,10 @@ from kdcore.testing.subject import Check, require
 
 FEW = {"mlp", "cnn", "resnet", "squeezenet1_1", "shufflenet_v2_x0_5"}
 SHIPPED = [
-    subject
+    one
     for plugin in ("assistants", "core", "distill", "dskd", "earlystop", "vision")
-    for subject in subjects_of(plugin)
-    if subject.kind != "model" or subject.name in FEW
+    for one in subjects_of(plugin)
+    if one.kind != "model" or one.name in FEW
 ]
 
 
@@ -36,9 +37,9 @@ def test_what_the_project_ships_conforms(check):
 @pytest.mark.parametrize("name", ["kd", "dkd"])
 @pytest.mark.parametrize("normalize", ["class", "instance"])
 def test_losses_conform_under_every_normalisation(name, normalize):
-    (subject,) = [s for s in subjects_of("core") if s.name == name]
-    options = subject.entry.options_class()(normalize=normalize)
-    failed = [v for v in verdicts(Subject("loss", name, subject.target, options)) if v.state == "failed"]
+    (plain,) = [s for s in subjects_of("core") if s.name == name]
+    options = plain.entry.options_class()(normalize=normalize)
+    failed = [v for v in verdicts(Subject("loss", name, plain.target, options)) if v.state == "failed"]
     assert not failed
 
 
@@ -119,6 +120,23 @@ def test_losses_of_other_sorts_conform(check):
     check()
 
 
+def test_without_a_gpu_the_device_of_a_loss_whose_shapes_depend_on_values_is_left_open():
+    class Confident(SOUND["loss"]):
+        def logits(self, own, other):
+            sure = other.softmax(1).amax(1) > 0.2
+            return super().logits(own[sure], other[sure]).sum() / len(own)
+
+    found = {v.check.name: v.state for v in verdicts(Subject("loss", "confident", Confident))}
+    assert found["follows-its-device"] == ("passed" if torch.cuda.is_available() else "skipped")
+    assert {name for name, state in found.items() if state == "failed"} == set()
+
+
+def test_an_error_says_the_line_of_the_loss_and_how_to_repair_it():
+    narrow = subject("loss", "takes-half-precision")
+    (reason,) = [v.reason for v in verdicts(narrow) if v.state == "failed"]
+    assert re.search(r"same dtype.*mutants\.py line \d+\. Convert at the start", reason)
+
+
 # ---------------------------------------------------------------- unusual plugins
 
 
@@ -155,7 +173,7 @@ def test_a_subject_without_an_example_of_required_options_says_what_to_give():
     assert Subject("strategy", "sized", Sized).example().size == 2
 
 
-def test_a_plugin_that_is_not_there_or_broken_is_named(install):
+def test_a_plugin_that_is_not_installed_is_an_error_with_a_suggestion():
     with pytest.raises(kdcore.PluginError, match=r"no plugin 'asistants' is installed\. Did you mean 'assistants'"):
         subjects_of("asistants")
 

@@ -9,7 +9,12 @@
         check()
 
 runs every check of everything that the installed plugin acme registers, and of the plugin itself, each as a test of its
-own: ``test_conforms[loss-margin-gradcheck]``. ``kdcore check-plugin acme`` prints the same as a table.
+own: ``test_conforms[loss-margin-gradcheck]``. It takes modules with ``kdcore_register`` and single subjects, too::
+
+    @parametrize_with_checks(Subject("loss", "margin", Margin, Margin.Options(width=0.5)))
+
+:func:`verdicts` gives the same as a table: passed, failed or skipped, with the reason. What each check promises is said
+where it stands, in ``kdcore/testing/strategy.py``, ``controller.py``, ``loss.py``, ``model.py`` and ``plugin.py``.
 
 A check needs options. It takes the defaults; an options class with required fields gives an example::
 

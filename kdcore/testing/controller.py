@@ -18,7 +18,7 @@ from ..training.loop import decisions_of
 from . import purity
 from .rehearsal import Rehearsal, make, prepared, rehearse
 from .strategy import Drive, identities, run_view
-from .subject import Subject, check, require
+from .subject import Subject, advising, check, require
 
 FREE = frozenset({"tick", "epoch", "lr"})
 """What a row always has; ``train.`` values too."""
@@ -126,7 +126,8 @@ def survives_ticks_without_numbers(subject: Subject) -> None:
 
     Members that do not classify have none, nor do dropped ones; ``view.now`` gives None then.
     """
-    rehearse(subject, lambda tick: None)
+    with advising("Return [] where view.now(...) is None."):
+        rehearse(subject, lambda tick: None)
 
 
 @check

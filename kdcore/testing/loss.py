@@ -3,8 +3,11 @@
 Three promises are not for every loss. One that does not make them says so by an attribute of its class or module:
 
 - ``shift_invariant = False``: adding a constant to all logits of a sample changes it (it compares raw logits);
-- ``mean_over_batch = False``: it is no mean of what single samples give (it compares samples with each other);
+- ``mean_over_batch = False``: a sample counts for more in a batch of others (it compares samples with each other);
 - ``exact_gradient = False``: its gradient is not that of its value (it stops the gradient somewhere).
+
+A loss for a step of its own, such as a generator's, which has its gradient from the teacher, is no subject of these
+checks: leave it out of what :func:`~kdcore.testing.parametrize_with_checks` gets.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from ..options import Options
 from ..outputs import Outputs
 from . import purity
 from .made_up import ROWS, Made, gradients, total, value
-from .subject import Subject, check, require
+from .subject import Subject, advising, check, require
 
 KNOWN = frozenset({"logits", "taps", "index", "target"})
 
@@ -143,7 +146,7 @@ def takes_small_batches(subject: Subject) -> None:
     rows = getattr(loss.module, "min_batch", 1)
     found = value(loss.module, loss.given().take(torch.arange(rows)))
     fix = "Give the module an attribute min_batch, the smallest number that it takes."
-    require(torch.isfinite(found), f"for {rows} samples it is {found.item()}", fix)
+    require(torch.isfinite(found), f"for a batch of {rows} it is {found.item()}", fix)
 
 
 @check
@@ -164,7 +167,7 @@ def gradcheck(subject: Subject) -> None:
         torch.autograd.gradcheck(function, given.leaves(), fast_mode=True)
     except RuntimeError as error:
         fix = "Keep float64 in float64, repair backward(), or declare exact_gradient = False."
-        raise AssertionError(f"{str(error).strip().splitlines()[0]} {fix}") from None
+        raise AssertionError(f"{str(error).strip().splitlines()[0].rstrip('.,')}. {fix}") from None
 
 
 @check
@@ -207,10 +210,11 @@ def takes_half_precision(subject: Subject) -> None:
     """
     loss = made(subject)
     exact = value(loss.module, loss.given().map(Tensor.detach))
+    fix = "Convert at the start, unless it is float64: student.logits.float(), student.taps[name].float()."
     for dtype in (torch.bfloat16, torch.float16):
         given = loss.given(dtype=dtype)
-        found = value(loss.module, given)
-        fix = "Convert at the start: student.logits.float(), student.taps[name].float()."
+        with advising(fix):
+            found = value(loss.module, given)
         near = math.isclose(found.item(), exact.item(), rel_tol=0.05, abs_tol=0.02)
         require(near, f"in {dtype} it is {found.item():g}, in float32 {exact.item():g}", fix)
         grads = gradients(loss.module, given)
@@ -233,7 +237,7 @@ def follows_its_device(subject: Subject) -> None:
     except Exception as error:
         if isinstance(error, NotImplementedError) or "meta tensors" in str(error):
             raise SkipTest(f"only a GPU can tell: {str(error).splitlines()[0]}") from None
-        raise AssertionError(f"moved to {device} it fails: {str(error).splitlines()[0]}. {fix}") from error
+        raise AssertionError(f"moved to {device} it fails: {str(error).splitlines()[0].rstrip('.!')}. {fix}") from error
     require(found.device.type == device, f"moved to {device} it gives a value on {found.device}", fix)
 
 

@@ -18,7 +18,7 @@ from ..errors import KdError
 from ..training.evaluate import evaluating
 from ..training.member import Tapped, classifies, host_state
 from . import purity
-from .subject import Subject, check, require
+from .subject import Subject, advising, check, require
 
 CLASSES = 7
 SHAPES = ((3, 16, 16), (3, 32, 32), (3, 64, 64), (3, 224, 224))
@@ -91,7 +91,7 @@ def follows_the_classes(subject: Subject) -> None:
         module = built(subject, DataInfo(info.shape, classes))
         for count in (1, 3):
             shape = tuple(evaluated(module, images(info, count)).shape)
-            what = f"it gives {shape} for {count} images of {classes} classes"
+            what = f"it gives {shape} for a batch of {count} and {classes} classes"
             require(shape == (count, classes), what, "Size the last layer by data.classes.")
 
 
@@ -264,7 +264,7 @@ def takes_autocast(subject: Subject) -> None:
     ``precision = "bf16"`` runs it so.
     """
     module, info = classifier(subject)
-    with torch.autocast("cpu", torch.bfloat16):
+    fix = "Make tensors in forward() in the dtype of the layer before."
+    with torch.autocast("cpu", torch.bfloat16), advising(fix):
         found = evaluated(module, images(info))
-    fix = "Make tensors in forward() in the dtype of its inputs."
     require(torch.isfinite(found).all(), "under autocast its logits are not finite", fix)

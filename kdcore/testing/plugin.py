@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -37,8 +36,7 @@ def registered(module: ModuleType) -> list[Entry]:
 @cache
 def probed(module: ModuleType) -> tuple[dict[str, Any], str]:
     """What a fresh process says of importing the plugin, and what the plugin printed there."""
-    named = importlib.util.find_spec(module.__name__) is not None and not _is_single_file(module)
-    plugin = module.__name__ if named else str(module.__file__)
+    plugin = str(module.__file__) if _is_single_file(module) else module.__name__
     path = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(
         [sys.executable, "-m", probe.__name__, plugin],

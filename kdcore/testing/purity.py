@@ -59,37 +59,41 @@ def _random_states() -> dict[str, tuple[Any, Callable[[Any, Any], bool], Callabl
     """State, comparison and restoring of every generator whose library was imported."""
     found: dict[str, Any] = {"random": (random.getstate(), lambda a, b: a == b, random.setstate)}
     if numpy := sys.modules.get("numpy"):
-        found["numpy"] = (numpy.random.get_state(), lambda a, b: repr(a) == repr(b), numpy.random.set_state)
+        found["numpy"] = (numpy.random.get_state(), _same_in_numpy, numpy.random.set_state)
     if torch := sys.modules.get("torch"):
         found["torch"] = (torch.get_rng_state(), torch.equal, torch.set_rng_state)
     return found
 
 
+def _same_in_numpy(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return one[2:] == other[2:] and bool((one[1] == other[1]).all())  # position and keys of the Mersenne twister
+
+
 @contextmanager
 def shifted_clock(target: Any) -> Iterator[None]:
     """Another time of day in ``time``, ``datetime`` and the names that the target's module imported from them."""
-    others = {id(real): (name, other) for name, real, other in _later()}
+    others = {id(real): other for real, other in _later()}
     modules = [time, datetime, sys.modules.get(getattr(target, "__module__", None) or "")]
     with ExitStack() as stack:
         for module in filter(None, modules):
             for name, value in list(vars(module).items()):
                 if id(value) in others:
-                    stack.enter_context(patch.object(module, name, others[id(value)][1]))
+                    stack.enter_context(patch.object(module, name, others[id(value)]))
         yield
 
 
-def _later() -> Iterator[tuple[str, Any, Any]]:
-    """(name, real, shifted) of everything that tells the time."""
+def _later() -> Iterator[tuple[Any, Any]]:
+    """(real, shifted) of everything that tells the time."""
     for name in ("time", "monotonic", "perf_counter", "process_time"):
-        yield name, getattr(time, name), _added(getattr(time, name), SHIFT)
-        yield f"{name}_ns", getattr(time, f"{name}_ns"), _added(getattr(time, f"{name}_ns"), int(SHIFT * 1e9))
-    now, local = _added(time.time, SHIFT), time.localtime
-    for name in ("localtime", "gmtime", "ctime"):
-        yield name, getattr(time, name), _at(getattr(time, name), now)
-    strftime = time.strftime
-    yield "strftime", strftime, lambda text, when=None: strftime(text, local(now()) if when is None else when)
+        real, in_ns = getattr(time, name), getattr(time, f"{name}_ns")
+        yield real, _added(real, SHIFT)
+        yield in_ns, _added(in_ns, int(SHIFT * 1e9))
+    now, local, strftime = _added(time.time, SHIFT), time.localtime, time.strftime
+    for real in (local, time.gmtime, time.ctime):
+        yield real, _at(real, now)
+    yield strftime, lambda text, when=None: strftime(text, local(now()) if when is None else when)
     for cls in (datetime.datetime, datetime.date):
-        yield cls.__name__, cls, _later_class(cls, now)
+        yield cls, _later_class(cls, now)
 
 
 def _added(real: Callable[[], float], shift: float) -> Callable[[], float]:
@@ -126,9 +130,14 @@ def process_left_alone(target: Any) -> Iterator[None]:
 
 
 def _attributes(target: Any) -> dict[str, tuple[int, str]]:
-    """Identity of every attribute of a class, and the content of those that hold values."""
+    """Identity of every attribute of a class and its bases, and the content of those that hold values."""
     held = (list, dict, set, bytearray)
-    return {name: (id(v), repr(v) if isinstance(v, held) else "") for name, v in vars(target).items()}
+    return {
+        f"{cls.__name__}.{name}": (id(value), repr(value) if isinstance(value, held) else "")
+        for cls in getattr(target, "__mro__", ())
+        for name, value in vars(cls).items()
+        if not name.startswith("__")  # Python itself adds some when they are first asked for
+    }
 
 
 def options_survive_json(subject: Subject) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from traceback import walk_tb
 from types import ModuleType
 from typing import Any, Literal
 from unittest import SkipTest
@@ -101,7 +104,26 @@ class Check:
         except (AssertionError, SkipTest):
             raise
         except (Exception, SystemExit) as error:
-            raise AssertionError(f"it raised {type(error).__name__}: {error}{place_of(error)}") from error
+            fix = " ".join(getattr(error, "__notes__", ()))
+            place = _own_line(error, subject.target) or place_of(error)
+            raise AssertionError(f"it raised {type(error).__name__}: {error}{place}. {fix}".rstrip()) from error
+
+
+def _own_line(error: BaseException, target: Target) -> str:
+    """The deepest line of the file that defines the target: an error often arises in a library that it calls."""
+    file = getattr(sys.modules.get(str(getattr(target, "__module__", ""))), "__file__", None)
+    lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    return f", {file} line {lines[-1]}" if lines else ""
+
+
+@contextmanager
+def advising(fix: str) -> Iterator[None]:
+    """Lets any error of the block say how to repair it."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(fix)
+        raise
 
 
 def check(body: Callable[[Subject], None]) -> Check:
@@ -114,7 +136,7 @@ def check(body: Callable[[Subject], None]) -> Check:
 def require(holds: object, what: str, fix: str) -> None:
     """Raises AssertionError with ``what`` is wrong and how to ``fix`` it, unless ``holds``; under ``python -O`` too."""
     if not holds:
-        raise AssertionError(f"{what}. {fix}")
+        raise AssertionError(f"{what if what.endswith(('.', '?')) else f'{what}.'} {fix}")
 
 
 def checks_of(subject: Subject) -> tuple[Check, ...]:
@@ -198,7 +220,8 @@ def parametrize_with_checks(*what: str | ModuleType | Subject) -> Callable[[Any]
     """A decorator that runs a pytest function, with the one argument ``check``, once for every check.
 
     Args:
-        what: installed plugins by name, modules with ``kdcore_register``, and single subjects.
+        what: installed plugins by name, modules with ``kdcore_register``, and single subjects, e.g. those of
+            :func:`subjects_of` but one.
     """
     import pytest
 
