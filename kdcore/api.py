@@ -112,8 +112,8 @@ def distill(
     and source, data by their bytes. Your modules are copied, never changed.
 
     Args:
-        teacher: a module, which is used as it is; or a model as in a recipe, which is trained first unless it has
-            ``weights``: ``"resnet"``, ``{"model": "resnet", "size": 20}``.
+        teacher: a module, which is used as it is, unless ``teacher_train`` is given; or a model as in a recipe, which
+            is trained first unless it has ``weights``: ``{"model": "resnet", "size": 20}``.
         student: a module, which starts from its own weights; or a model as in a recipe.
         train: a torch ``Dataset`` of (image, label) pairs, a pair (images, labels) of tensors or arrays, a
             :class:`kdcore.Split`; or a :class:`kdcore.Dataset`, which holds ``test`` too.
@@ -130,7 +130,8 @@ def distill(
         lr: learning rate.
         optimizer: as in a recipe.
         schedule: of the learning rate, as in a recipe.
-        teacher_train: what differs where a teacher is trained, e.g. ``{"epochs": 60}``.
+        teacher_train: what differs where the teacher is trained on labels first, e.g. ``{"epochs": 60}``; a module is
+            trained, from its own weights, only if this is given.
         batch_size: samples a step.
         transforms: augmentation, as in a recipe: ``["flip", {"name": "shift", "pixels": 4}]``.
         seed: of everything that is random but the monitor split.
@@ -164,7 +165,7 @@ def distill(
             **tables[""],
             "seed": seed,
             "data": {**given.data_table(), **batches, **tables["data"]},
-            "teacher": _teacher(given, teacher, console),
+            "teacher": _teacher(given, teacher, teacher_train, console),
             "student": given.table(student, "student"),
             "train": {"epochs": epochs, "lr": lr, "optimizer": optimizer, "schedule": schedule,
                       "teacher": dict(teacher_train or {}), **tables["train"]},
@@ -179,9 +180,10 @@ def distill(
         )  # fmt: skip
 
 
-def _teacher(given: Given, teacher: Model, console: RunConsole) -> Any:
+def _teacher(given: Given, teacher: Model, train: Table | None, console: RunConsole) -> Any:
+    """The teacher's table; a module is used as it is, unless it is said how to train it."""
     table = given.table(teacher, "teacher")
-    if isinstance(teacher, Mapping | str):
+    if isinstance(teacher, Mapping | str) or train is not None:
         return table
     if given.dataset.mean is None:
         text = "gets images normalised by the train split; if it was trained otherwise, give mean= and std="

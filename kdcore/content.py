@@ -33,7 +33,7 @@ from torch import Tensor, nn
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 BY_NAME = {"torch", "torchvision", "numpy", "kdcore"}
 INTERNAL = frozenset(nn.Module().__dict__)
-HOOKS = tuple(name for name in sorted(INTERNAL) if name.endswith(("hooks", "_kwargs", "_called")))
+HOOKS = tuple(name for name in sorted(INTERNAL) if name.endswith("hooks") and "state_dict" not in name)
 GENERATED = (torch.jit.ScriptModule, torch.fx.GraphModule)
 _STDLIB = Path(sysconfig.get_path("stdlib")).resolve()
 _SITES = {Path(path).resolve() for path in (*site.getsitepackages(), site.getusersitepackages())}
@@ -238,7 +238,7 @@ class _Walk:
         if _is_known(name):
             self.add(name)
             return True
-        file = _file(name)
+        file = _file(name) if name != "__main__" else None  # under python -m that is the program's, not the script's
         if file is not None and any(folder in file.parents for folder in _SITES):
             self.add(name)
             self.file(file, f"the module {name}")
@@ -295,7 +295,8 @@ def _globals(code: types.CodeType) -> set[str]:
 
 
 def _is_generated(item: Any) -> bool:
-    return isinstance(item, types.FunctionType) and item.__code__.co_filename.startswith("<")
+    """True for a function that a library wrote by exec, e.g. a data class's __repr__, which is wrapped too."""
+    return isinstance(item, types.FunctionType) and inspect.unwrap(item).__code__.co_filename == "<string>"
 
 
 def _file(name: str) -> Path | None:

@@ -25,6 +25,8 @@ from .options import Options
 from .plugins import OWN
 from .registry import Registrar
 
+STUDENT = "distill(student=...)"
+
 
 class ModuleOptions(Options):
     """What tells one module from another.
@@ -154,6 +156,8 @@ def _check_parts(module: nn.Module, where: str) -> None:
         raise RecipeError("it has lazy parameters, which have no shape yet", where=where, fix=fix)
     if not parameters:
         raise RecipeError("it has no parameters", where=where, fix="Give a module with weights.")
+    if where == STUDENT and not any(parameter.requires_grad for parameter in parameters):
+        raise RecipeError("all of its parameters are frozen", where=where, fix="Let some of them require gradients.")
     strange = [name for name, value in module.state_dict().items() if not isinstance(value, torch.Tensor)]
     if strange:
         what = f"{strange[0]!r} in its state_dict is no tensor"
