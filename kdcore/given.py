@@ -150,6 +150,9 @@ def _shortened(count: int) -> str:
 
 
 def _check_parts(module: nn.Module, where: str) -> None:
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        fix = "Give the module that it was made from."
+        raise RecipeError("torch.jit made it, and its copies cannot be used", where=where, fix=fix)
     parameters = list(module.parameters())
     if any(is_lazy(tensor) for tensor in [*parameters, *module.buffers()]):
         fix = "Run one batch through it first."

@@ -26,6 +26,7 @@ from kdcore.journal import Journal
 IMAGES = torch.randn(240, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 LABELS = (IMAGES[:, 0, :2].mean((1, 2)) > IMAGES[:, 0, 2:].mean((1, 2))).long()
 TRAIN, TEST = (IMAGES[:200], LABELS[:200]), (IMAGES[200:], LABELS[200:])
+BOTH = {"train": TRAIN, "test": TEST}
 
 
 class Net(nn.Module):
@@ -207,6 +208,12 @@ class Extra(Net):
         return 1
 
 
+def traced() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(Net(), IMAGES[:2])
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -216,6 +223,7 @@ class Extra(Net):
         ),
         ({"teacher": Uncopyable()}, r"distill\(teacher=...\): it cannot be copied \(TypeError: not me\)"),
         ({"teacher": Shy()}, r"distill\(teacher=...\): its copy has the same parameters"),
+        ({"student": traced()}, "torch.jit made it, and its copies cannot be used. Give the module"),
         ({"student": Net(4, 3)}, r"student=...\): it gives \(2, 3\) for 2 images of 2 classes. It must give logits"),
         ({"student": Dictionary()}, "it gives dict for 2 images of 2 classes"),
         ({"teacher": nn.Conv2d(3, 2, 1)}, r"it raises RuntimeError for 2 images \(1, 4, 4\)"),
@@ -343,6 +351,14 @@ def test_quiet_prints_nothing_and_else_it_is_the_commands_output(tmp_path, capfd
     assert "from the store" in out
     assert "report.html" in out
     assert err == ""
+
+
+def test_a_given_teacher_of_bytes_is_told_how_they_are_normalised(tmp_path, capsys):
+    data = {name: ((images * 40 + 128).clamp(0, 255).byte(), labels) for name, (images, labels) in BOTH.items()}
+    call(tmp_path, quiet=False, **data)
+    assert "teacher: gets images normalised by the train split; if it was trained otherwise" in capsys.readouterr().out
+    call(tmp_path, quiet=False, mean=0.5, std=0.2, **data)
+    assert "normalised" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- results

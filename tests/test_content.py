@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import nn
 
 from kdcore.content import content_of
@@ -178,6 +180,25 @@ def test_torchvisions_models_have_keys(name):
 def test_torchs_larger_modules_have_keys(build):
     module = build()
     assert key(module) == key(copy.deepcopy(module))
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
+NESTED = st.recursive(
+    PLAIN,
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner) | st.sets(st.text()),
+    max_leaves=8,
+)
+
+
+@given(NESTED, NESTED)
+@example([1, True, 1.0], [True, 1, 1.0])
+@example([[], []], [[[]]])
+@example({"a": "b"}, {"b": "a"})
+@example(["ab", "c"], ["a", "bc"])
+def test_plain_values_have_equal_keys_if_they_print_alike(one, other):
+    assert content_of(one).key == content_of(copy.deepcopy(one)).key
+    if repr(one) != repr(other) and one != other:
+        assert content_of(one).key != content_of(other).key
 
 
 # ---------------------------------------------------------------- what nobody can tell
