@@ -24,6 +24,8 @@ _EXPORTS = {
     "data": "Dataset Split TrainData DataInfo Batch Random Source SourceContext",
     "outputs": "Outputs Shapes Loss",
     "training.step": "StepContext",
+    "api": "run distill",
+    "runresult": "RunResult",
     "seeds": "derive",
 }  # fmt: skip
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names.split()}
@@ -32,6 +34,8 @@ __all__ = ["NUMERICS", "__version__", *sorted(_HOME)]
 
 
 if TYPE_CHECKING:  # the same names for type checkers, which would else see Any (a test compares the two)
+    from .api import distill as distill
+    from .api import run as run
     from .data import Batch as Batch
     from .data import DataInfo as DataInfo
     from .data import Dataset as Dataset
@@ -82,6 +86,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .plan import TickView as TickView
     from .plan import labels_alone as labels_alone
     from .registry import Registrar as Registrar
+    from .runresult import RunResult as RunResult
     from .seeds import derive as derive
     from .training.step import StepContext as StepContext
 else:

@@ -14,19 +14,28 @@ from .errors import KdError
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a registered thing comes from. ``files`` is the plugin's source: module files and package folders."""
+    """Where a registered thing comes from.
+
+    Args:
+        plugin: its name.
+        distribution: that ships it; empty for a single file.
+        version: of the distribution.
+        files: the plugin's source: module files and package folders.
+        content: key of code that lies in no file, e.g. of a notebook's.
+    """
 
     plugin: str
     distribution: str = ""
     version: str = ""
     files: tuple[Path, ...] = ()
+    content: str = ""
 
     def __str__(self) -> str:
         return f"{self.plugin} ({self.distribution} {self.version})" if self.distribution else self.plugin
 
     def code(self) -> dict[str, str]:
         """Identity of the plugin's code on disk now: distribution version and sha256 of its source files."""
-        return {"plugin": self.plugin, "version": self.version, "source": _digest_files(self.files)}
+        return {"plugin": self.plugin, "version": self.version, "source": self.content + _digest_files(self.files)}
 
 
 def _digest_files(roots: tuple[Path, ...]) -> str:

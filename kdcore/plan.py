@@ -27,11 +27,19 @@ class Spec:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model by name. ``weights`` is a safetensors file to start from; its content is part of a stage's key."""
+    """A model by name.
+
+    Args:
+        model: its name.
+        options: its own options.
+        weights: a safetensors file to start from; its content is part of a stage's key.
+        given: the model is built with weights that are worth something: a teacher is used as it is.
+    """
 
     model: str
     options: Mapping[str, Json] = field(default_factory=dict)
     weights: str | None = None
+    given: bool = False
 
     def __str__(self) -> str:
         name, size = self.model.rpartition("/")[2], self.options.get("size")
@@ -347,7 +355,7 @@ class RunView:
         teacher = role == "teacher"
         epochs = self.teacher_epochs if teacher and self.teacher_epochs is not None else self.epochs
         optimizer = (self.teacher_optimizer if teacher else None) or self.optimizer
-        if teacher and model.weights is not None:
+        if teacher and (model.given or model.weights is not None):
             return self._stage(f"{model} (given)", {role: Member(model)}, 0)
         return self._stage(f"{model} on labels", {role: Member(model, terms=self.labels, optimizer=optimizer)}, epochs)
 

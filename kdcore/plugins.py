@@ -24,6 +24,8 @@ from .origin import Origin, blame_by_traceback
 from .registry import Catalog, Registrar
 
 CORE = "core"
+OWN = "own"
+"""The plugin of what kdcore.distill was handed in Python."""
 
 
 @dataclass
@@ -101,13 +103,19 @@ class PluginHost:
             raise PluginError(f"{text!r} is required, {have} is installed", where=where, fix="Install another version.")
 
 
-def load_plugins(block: Iterable[str] = (), files: Iterable[str | Path] = (), strict: bool = False) -> PluginHost:
-    """Loads the core, every installed plugin and single files, sorted by name.
+def load_plugins(
+    block: Iterable[str] = (),
+    files: Iterable[str | Path] = (),
+    strict: bool = False,
+    objects: Iterable[tuple[Origin, Any]] = (),
+) -> PluginHost:
+    """Loads the core, every installed plugin, single files and objects, sorted by name.
 
     Args:
         block: names to leave out; the core cannot be.
         files: Python files that are loaded as plugins, named by their stem.
         strict: an observer that raises ends the run.
+        objects: modules, classes or instances whose attributes implement the hooks, each with its origin.
     """
     from . import builtin
 
@@ -122,6 +130,8 @@ def load_plugins(block: Iterable[str] = (), files: Iterable[str | Path] = (), st
     for file in dict.fromkeys(Path(file).resolve() for file in files):
         if not host.leaves_out(file.stem, blocked):
             _attempt(host, Origin(file.stem), partial(load_file, file), str(file))
+    for origin, plugin in objects:
+        _attempt(host, origin, lambda plugin=plugin: plugin)  # type: ignore[misc]
     host.catalog.broken, host.catalog.left_out = host.broken, host.left_out
     return host
 
@@ -130,7 +140,7 @@ def _distribution(points: list[EntryPoint]) -> tuple[str, str]:
     return owner(points[0]) if len(points) == 1 else ("", "")
 
 
-def _attempt(host: PluginHost, origin: Origin, load: Callable[[], ModuleType], place: str = "") -> None:
+def _attempt(host: PluginHost, origin: Origin, load: Callable[[], Any], place: str = "") -> None:
     """Loads one plugin; whatever it raises, even SystemExit, only breaks that plugin."""
     name, module = origin.plugin, None
     try:
@@ -159,7 +169,7 @@ def _load_entry_point(points: list[EntryPoint]) -> ModuleType:
     return found
 
 
-def register(host: PluginHost, origin: Origin, module: ModuleType) -> None:
+def register(host: PluginHost, origin: Origin, module: Any) -> None:
     """Adds a plugin's hooks and what it registers to the host.
 
     Raises:
@@ -172,13 +182,14 @@ def register(host: PluginHost, origin: Origin, module: ModuleType) -> None:
     for impl in host.manager.hook.kdcore_register.get_hookimpls():
         if impl.plugin_name == origin.plugin:
             impl.function(*[registrar for _ in impl.argnames])
-    origin = dataclasses.replace(origin, files=roots(module, registrar.entries))
+    if isinstance(module, ModuleType):
+        origin = dataclasses.replace(origin, files=roots(module, registrar.entries))
     for entry in registrar.entries:
         host.catalog.add(dataclasses.replace(entry, origin=origin))
     host.origins[origin.plugin] = origin
 
 
-def _check_version(module: ModuleType) -> None:
+def _check_version(module: Any) -> None:
     wanted = getattr(module, "KDCORE_HOOKS", hookspecs.HOOKS_VERSION)
     if not isinstance(wanted, int):
         raise PluginError(f"KDCORE_HOOKS is {wanted!r}", fix=f"Write KDCORE_HOOKS = {hookspecs.HOOKS_VERSION}.")
@@ -186,11 +197,12 @@ def _check_version(module: ModuleType) -> None:
         raise PluginError(f"it needs kdcore hooks {wanted}, this is {hookspecs.HOOKS_VERSION}", fix="Upgrade kdcore.")
 
 
-def _check_hooks(module: ModuleType) -> None:
+def _check_hooks(module: Any) -> None:
     """Finds what pluggy would pass over in silence: a misspelt hook, a forgotten decorator, a wrapper."""
     known = [name for name in vars(hookspecs) if re.match(r"kdcore_\w+$", name)]
     marked = 0
-    for name, value in vars(module).items():
+    names = vars(module) if isinstance(module, ModuleType) else dir(module)
+    for name, value in [(name, getattr(module, name)) for name in names]:
         options = getattr(value, "kdcore_impl", None)
         if isinstance(options, dict):
             marked += 1

@@ -45,6 +45,7 @@ class ModelTable(Table):
     name_key: ClassVar[str] = "model"
     model: str = Field(description='a model, e.g. { model = "cnn", size = 3 }')
     weights: str | None = Field(None, description="the path of a .safetensors file")
+    given: bool = Field(False, description="true if the model is built with its weights, so that no teacher is trained")
 
     @model_validator(mode="before")
     @classmethod
@@ -197,7 +198,7 @@ def _model(table: ModelTable, catalog: Catalog, where: str) -> ModelRef:
         what = f"{table.weights!r} is no safetensors file"
         raise RecipeError(what, where=f"{where}.weights", fix="Write the path of a .safetensors file.")
     spec = _spec("model", table, catalog, where)
-    return ModelRef(spec.name, spec.options, table.weights)
+    return ModelRef(spec.name, spec.options, table.weights, table.given)
 
 
 def _strategy_model(table: Mapping[str, Json], strategy: Named, catalog: Catalog) -> ModelRef:

@@ -45,8 +45,9 @@ class Run:
         folder: journal, result, student and report.
         console: shown every event.
         jobs: stages at once.
-        allow_plugin_change: go on although other plugins are loaded than when the run began.
         context: data, catalog and the stop flag of this process.
+        allow_plugin_change: go on although other plugins are loaded than when the run began.
+        warnings: what the result and the report must say beside the stages' own warnings.
     """
 
     recipe: Recipe
@@ -57,6 +58,7 @@ class Run:
     jobs: int
     context: Context
     allow_plugin_change: bool = False
+    warnings: tuple[str, ...] = ()
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     stages: dict[str, Stage] = field(default_factory=dict)
     diverged: bool = False
@@ -75,6 +77,8 @@ class Run:
         self.journal = Journal(self.folder / "journal.jsonl")
         self._record_run()
         self.host.emit("kdcore_run_started", run=self.info)
+        for text in self.warnings:
+            self.handle({"kind": "warning", "text": text})
         with self.ending:
             outcome = self._drive()
             asked = (outcome.student, outcome.teacher)

@@ -23,7 +23,7 @@ def summarise(run: Run, outcome: Outcome, seconds: float) -> dict[str, Any]:
 
     chain = _chain(outcome.student)
     stages = [_stage(run, key) for key in run.results]
-    warnings = [f"{stage['name']}: {text}" for stage in stages for text in stage["warnings"]]
+    warnings = [*run.warnings, *(f"{stage['name']}: {text}" for stage in stages for text in stage["warnings"])]
     student, control = _member(run, outcome.student), _member(run, _control(outcome.student))
     warnings += _below(student, control, len(run.context.load(run.view.data).monitor))
     return {
@@ -110,19 +110,19 @@ def _protocol(run: Run) -> dict[str, Json]:
     splits = run.context.load(spec)
     keep = run.recipe.train.keep
     sizes = {"train": len(splits.train), "monitor": len(splits.monitor), "test": len(splits.test)}
+    origin = "held out from the training data" if splits.carved else "that is no part of the training data"
     chosen = "the last epoch's weights" if keep == "last" else "the weights that were best on the monitor split"
     return {
         "selection": keep,
         "train_images": sizes["train"],
         "monitor_images": sizes["monitor"],
-        "monitor_share": spec.monitor,
+        "monitor_share": spec.monitor if splits.carved else None,
         "test_images": sizes["test"],
         "split_seed": spec.split_seed,
         "seeds": [run.recipe.seed],
         "text": (
             f"Reported are {chosen}, trained on {sizes['train']} images. Every decision was made on a monitor split "
-            f"of {sizes['monitor']} images held out from the training data; the {sizes['test']} test images decided "
-            "nothing."
+            f"of {sizes['monitor']} images {origin}; the {sizes['test']} test images decided nothing."
         ),
     }
 

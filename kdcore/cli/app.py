@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from ..errors import EXIT_CODES, PluginError, RecipeError, suggest
-from ..plugins import CORE, PluginHost, load_plugins
+from ..errors import EXIT_CODES, RecipeError
+from ..plugins import OWN, PluginHost, load_plugins
 from .extra import add_commands
+from .host import load_host
 
 RUNS = Path("runs")
 EXITS = "\b\nExit codes:\n" + "\n".join(f"{code:>4}  {text}" for code, text in EXIT_CODES.items())
@@ -78,7 +79,7 @@ def run(
     from .drive import drive
 
     files, blocked = plugin_file or [], _blocked(block)
-    host = _host(blocked, files, strict_plugins)
+    host = load_host(blocked, files, strict_plugins)
     with host.blaming():
         # absolute, so that `resume` finds it from any folder
         place = (store or root / "store").resolve()
@@ -99,11 +100,14 @@ def resume(
     saved = _read_json(folder / "run.json", "Give the folder of a run, e.g. runs/digits-1a2b3c4d.")
     if not {"recipe", "plugin_files", "blocked", "store", "cwd", "threads", "jobs"} <= set(saved):
         raise RecipeError("no run of kdcore", where=str(folder / "run.json"), fix="Run the recipe again.")
+    if any(plugin[0] == OWN for plugin in saved.get("plugins", ())):
+        fix = "Make the same call of kdcore.distill again: it goes on."
+        raise RecipeError("its modules and data were handed over in Python", where=str(folder), fix=fix)
     files, blocked = saved["plugin_files"], [*saved["blocked"], *_blocked(block)]
     folder = folder.resolve()
     if Path(saved["cwd"]).is_dir():
         os.chdir(saved["cwd"])  # what the recipe's paths are relative to
-    host = _host(blocked, files, strict_plugins)
+    host = load_host(blocked, files, strict_plugins)
     with host.blaming():
         drive(
             saved["recipe"], [], host, jobs or saved["jobs"], folder.parent, Path(saved["store"]), files, blocked,
@@ -122,7 +126,7 @@ def plan(
     """Print the stages of a recipe with their cost; run nothing."""
     from .drive import show_plan
 
-    host = _host(_blocked(block), plugin_file or [])
+    host = load_host(_blocked(block), plugin_file or [])
     with host.blaming():
         show_plan(recipe, sets or [], host, root, store)
 
@@ -219,22 +223,6 @@ def _store_app() -> typer.Typer:
         typer.echo(f"{len(Store(store or root / 'store').unpack(file))} new results")
 
     return app
-
-
-def _host(blocked: list[str], files: list[str], strict: bool = False) -> PluginHost:
-    """The plugins of a run. What the command line names must be there; what is merely installed may be broken."""
-    host = load_plugins(blocked, files, strict)
-    for name in blocked:
-        if name not in host.left_out:
-            known = {*host.origins, *host.broken, *host.left_out} - {CORE}
-            raise RecipeError(f"no plugin {name!r} to leave out", where=f"-p no:{name}", fix=suggest(name, known))
-    for file in files:
-        path = Path(file).resolve()
-        loaded = any(path in origin.files for origin in host.origins.values())
-        if not loaded and path.stem not in host.left_out:
-            reason = next(text for name, text in host.broken.items() if name in (path.stem, f"{path.stem} {path}"))
-            raise PluginError(reason, where=f"--plugin-file {file}", fix="Repair it, or leave the option out.")
-    return host
 
 
 def _blocked(block: list[str] | None) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,11 +18,16 @@ PLAIN_SECONDS = 5.0
 
 
 class RunConsole:
-    """Shows the events of a run. Use it as a context manager."""
+    """Shows the events of a run. Use it as a context manager.
 
-    def __init__(self) -> None:
-        self.console = Console()
-        self.live = self.console.is_terminal
+    Args:
+        quiet: show nothing.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet)
+        # rich draws in a notebook by ipywidgets, and warns where there are none
+        self.live = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -62,6 +69,12 @@ class RunConsole:
     def _waiting(self, event: Event) -> None:
         self._print(f"{event['name']}: {event['text']}")
 
+    def _reading(self, event: Event) -> None:
+        """Samples that were read of a split; a short one is read before a line would be."""
+        if time.monotonic() - self.printed.setdefault(event["name"], time.monotonic()) > PLAIN_SECONDS:
+            self.printed[event["name"]] = time.monotonic()
+            self._print(f"reading {event['name']}: {event['done']:,}/{event['total']:,}")
+
     def _stage_started(self, event: Event) -> None:
         resumed = f", goes on from step {event['step']}" if event["step"] else ""
         if self.live:
@@ -98,8 +111,18 @@ class RunConsole:
             self.progress.remove_task(self.tasks.pop(event["key"]))
         self._print(f"{event['name']}: {f'{found} on the monitor split' if found else 'done'} ({how})")
 
-    def table(self, result: dict[str, Any]) -> None:
-        """The headline table of a finished run."""
+    def outcome(self, result: dict[str, Any], folder: Path) -> None:
+        """What a finished run found, and where it lies."""
+        for text in [text for text in result["warnings"] if text.startswith("the student")]:
+            self.handle({"kind": "warning", "text": text})
+        self._table(result)
+        with suppress(SystemExit):
+            seconds = result["run"]["seconds"]
+            text = f"{folder / 'report.html'} ({seconds:.1f} s; result.json and student.safetensors lie beside it)"
+            self._print(text)
+
+    def _table(self, result: dict[str, Any]) -> None:
+        """The headline table."""
         table = Table("", "model", "test accuracy", "monitor", "parameters", "MFLOPs")
         for role in ("teacher", "control", "student"):
             row = result[role]

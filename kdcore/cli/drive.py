@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,30 +40,45 @@ def drive(
     threads: int | None = None,
 ) -> None:
     """Runs a recipe to its report and prints the table."""
-    recipe = _check(source, sets, host)
+    recipe = check(source, sets, host)
+    folder = folder or folder_of(recipe, source.stem if isinstance(source, Path) else "run", root)
+    with RunConsole() as console:
+        run = open_run(
+            recipe, host, folder, console, catch_signals(), store=store or root / "store", jobs=jobs,
+            plugin_files=plugin_files, blocked=blocked, strict=strict, threads=threads,
+            allow_plugin_change=allow_plugin_change,
+        )  # fmt: skip
+        result = run.execute()
+    console.outcome(result, folder)
+
+
+def open_run(
+    recipe: Recipe,
+    host: PluginHost,
+    folder: Path,
+    console: RunConsole,
+    stopped: Callable[[], int],
+    *,
+    store: Path,
+    jobs: int | None = None,
+    plugin_files: Iterable[str | Path] = (),
+    blocked: Iterable[str] = (),
+    strict: bool = False,
+    threads: int | None = None,
+    allow_plugin_change: bool = False,
+    warnings: tuple[str, ...] = (),
+) -> Run:
+    """A run of a checked recipe, ready to execute; plugin files become absolute, for workers and a resume."""
     jobs = jobs or recipe.execute.jobs
     files = tuple(str(Path(file).resolve()) for file in plugin_files)
     settings = make_settings(
-        recipe,
-        store or root / "store",
-        jobs,
-        threads=threads,
-        strict=strict,
-        plugin_files=files,
-        blocked=tuple(blocked),
+        recipe, store, jobs, threads=threads, strict=strict, plugin_files=files, blocked=tuple(blocked)
     )
-    folder = folder or _folder(recipe, source, root)
-    with RunConsole() as console:
-        context = make_context(host, catch_signals())
-        result = Run(recipe, host, settings, folder, console, jobs, context, allow_plugin_change).execute()
-    for text in [text for text in result["warnings"] if text.startswith("the student")]:
-        console.handle({"kind": "warning", "text": text})
-    console.table(result)
-    seconds = result["run"]["seconds"]
-    print(f"{folder / 'report.html'} ({seconds:.1f} s; result.json and student.safetensors lie beside it)")
+    context = make_context(host, stopped)
+    return Run(recipe, host, settings, folder, console, jobs, context, allow_plugin_change, warnings)
 
 
-def _check(source: Path | Mapping[str, Any], sets: list[str], host: PluginHost) -> Recipe:
+def check(source: Path | Mapping[str, Any], sets: Sequence[str], host: PluginHost) -> Recipe:
     """Checks the whole recipe before torch is imported."""
     recipe = load(source, sets)
     host.require(recipe.plugins.require)
@@ -74,24 +89,30 @@ def _check(source: Path | Mapping[str, Any], sets: list[str], host: PluginHost) 
     return recipe
 
 
-def _folder(recipe: Recipe, source: Path | Mapping[str, Any], root: Path) -> Path:
+def folder_of(recipe: Recipe, name: str, root: Path) -> Path:
     """The folder is a function of the recipe, so that the same command finds its run again."""
-    stem = source.stem if isinstance(source, Path) else "run"
     science = recipe.model_dump(mode="json", exclude={"execute"})
-    return root / f"{stem}-{digest(science)[:8]}"
+    return root / f"{name}-{digest(science)[:8]}"
 
 
-def catch_signals() -> Callable[[], int]:
-    """The first SIGINT or SIGTERM is remembered, so that the stage ends with a checkpoint; the second ends at once."""
+def catch_signals(
+    numbers: Iterable[int] = (signal.SIGINT, signal.SIGTERM), again: Callable[[int], None] = lambda n: os._exit(128 + n)
+) -> Callable[[], int]:
+    """The first signal is remembered, so that the stage ends with a checkpoint; the second ends at once.
+
+    Args:
+        numbers: signals to catch.
+        again: what the second one does.
+    """
     caught: list[int] = []
 
     def handler(number: int, frame: object) -> None:
         if caught:
-            os._exit(128 + number)
+            again(number)
         caught.append(number)
 
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+    for number in numbers:
+        signal.signal(number, handler)
     return lambda: caught[0] if caught else 0
 
 
@@ -100,7 +121,7 @@ def catch_signals() -> Callable[[], int]:
 
 def show_plan(source: Path, sets: list[str], host: PluginHost, root: Path, store: Path | None) -> None:
     """Prints what a run would train, under the assumption that all results are equal."""
-    recipe = _check(source, sets, host)
+    recipe = check(source, sets, host)
     settings = make_settings(recipe, store or root / "store", recipe.execute.jobs)
     context = make_context(host)
     keys = Keys(host.catalog, recipe.seed, settings, lambda spec: str(context.load(spec).fingerprint))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,11 +32,32 @@ def checked(dataset: Any, name: str) -> Dataset:
         raise DataError(f"{dataset.classes} classes", where=where, fix="A classifier needs at least 2.")
     train = _checked_split(dataset.train, dataset.classes, f"{where}, train split")
     test = _checked_split(dataset.test, dataset.classes, f"{where}, test split")
-    expected, found = tuple(train.images.shape[1:]), tuple(test.images.shape[1:])
-    if expected != found or train.images.dtype != test.images.dtype:
-        what = f"images are {found} {test.images.dtype}, those of train {expected} {train.images.dtype}"
-        raise DataError(what, where=f"{where}, test split", fix="Give all splits one shape and dtype.")
-    return Dataset(train, test, dataset.classes)
+    monitor = dataset.monitor
+    if monitor is not None:
+        monitor = _checked_split(monitor, dataset.classes, f"{where}, monitor split")
+        _check_alike(train, monitor, f"{where}, monitor split")
+    _check_alike(train, test, f"{where}, test split")
+    _check_moments(dataset, train.images.shape[1], where)
+    return replace(dataset, train=train, test=test, monitor=monitor)
+
+
+def _check_alike(train: Split, other: Split, where: str) -> None:
+    expected, found = tuple(train.images.shape[1:]), tuple(other.images.shape[1:])
+    if expected != found or train.images.dtype != other.images.dtype:
+        what = f"images are {found} {other.images.dtype}, those of train {expected} {train.images.dtype}"
+        raise DataError(what, where=where, fix="Give all splits one shape and dtype.")
+
+
+def _check_moments(dataset: Dataset, channels: int, where: str) -> None:
+    mean, std = dataset.mean, dataset.std
+    if mean is None and std is None:
+        return
+    if mean is None or std is None or not len(mean) == len(std) == channels:
+        what = f"mean is {mean} and std is {std} for {channels} channels"
+        raise DataError(what, where=where, fix="Give both, with one number a channel, or neither.")
+    if not all(math.isfinite(m) and math.isfinite(s) and s > 0 for m, s in zip(mean, std, strict=True)):
+        fix = "Give finite numbers, and deviations above 0."
+        raise DataError(f"mean is {mean} and std is {std}", where=where, fix=fix)
 
 
 def _checked_split(split: Split, classes: int, where: str) -> Split:

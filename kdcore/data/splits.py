@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codec import digest
 from ..seeds import derive
 from .checks import check_monitor, checked
 from .types import DataInfo, Dataset, Split, Splits
 
 
 def load_splits(build: Callable[[Any], Dataset], options: Any, *, monitor: float, split_seed: int, name: str) -> Splits:
-    """Builds a data set, checks it and carves the monitor split out of its training data.
+    """Builds a data set, checks it and carves the monitor split out of its training data, unless it brings one.
 
     Args:
         build: a registered data set.
         options: its validated options.
-        monitor: share of every training class that is held out, in (0, 1).
+        monitor: share of every training class that is held out, in (0, 1); unused if the data set brings the split.
         split_seed: chooses which; not the run's seed, so that runs of different seeds share the split.
         name: the data set's name, for errors.
 
@@ -28,12 +29,14 @@ def load_splits(build: Callable[[Any], Dataset], options: Any, *, monitor: float
         DataError: the data are not what training needs; names the split and the sample.
     """
     dataset = checked(build(options), name)
-    labels = dataset.train.labels
-    check_monitor(labels, monitor, name)
-    rest, held = stratified(labels, monitor, split_seed, "monitor")
-    train, held_out = dataset.train.take(rest), dataset.train.take(held)
+    train, held_out = _carved(dataset, monitor, split_seed, name)
     channels, height, width = train.images.shape[1:]
-    mean, std = statistics(train.images)
+    content = fingerprint(dataset.classes, train, held_out, dataset.test)
+    if dataset.mean is not None and dataset.std is not None:
+        mean, std = dataset.mean, dataset.std
+        content = digest([content, mean, std])
+    else:
+        mean, std = statistics(train.images)
     return Splits(
         train=train,
         monitor=held_out,
@@ -41,8 +44,19 @@ def load_splits(build: Callable[[Any], Dataset], options: Any, *, monitor: float
         info=DataInfo((channels, height, width), dataset.classes),
         mean=mean,
         std=std,
-        fingerprint=fingerprint(dataset.classes, train, held_out, dataset.test),
+        fingerprint=content,
+        carved=dataset.monitor is None,
     )
+
+
+def _carved(dataset: Dataset, share: float, seed: int, name: str) -> tuple[Split, Split]:
+    """Train and monitor split."""
+    if dataset.monitor is not None:
+        return dataset.train, dataset.monitor
+    labels = dataset.train.labels
+    check_monitor(labels, share, name)
+    rest, held = stratified(labels, share, seed, "monitor")
+    return dataset.train.take(rest), dataset.train.take(held)
 
 
 def stratified(labels: Tensor, share: float, seed: int, purpose: str) -> tuple[Tensor, Tensor]:

@@ -36,11 +36,24 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a registered data set's ``build(options)`` returns. The monitor split is carved out of ``train`` later."""
+    """What a registered data set's ``build(options)`` returns.
+
+    Args:
+        train: what is trained on.
+        test: looked at once, for the report.
+        classes: the number of classes.
+        monitor: what decisions are made on; None to carve the recipe's share out of ``train``.
+        mean: per channel, what is subtracted from an image (from image / 255 if it is uint8); None for the mean of the
+            training split.
+        std: per channel, what the difference is divided by; given with ``mean`` or not at all.
+    """
 
     train: Split
     test: Split
     classes: int
+    monitor: Split | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +70,14 @@ class Splits:
 
     Args:
         train: what gradients are computed on.
-        monitor: held out of the training data; every decision is made on it.
+        monitor: every decision is made on it.
         test: looked at once, for the report.
         info: what a model gets.
-        mean: per channel, over the train split; of images / 255 if they are uint8.
+        mean: per channel, over the train split unless the data set gives it; of images / 255 if they are uint8.
         std: as ``mean``, never 0.
-        fingerprint: sha256 (hex) of the number of classes and of all three splits; part of a stage's key.
+        fingerprint: sha256 (hex) of the number of classes, of all three splits and of a given mean and deviation; part
+            of a stage's key.
+        carved: True if the monitor split was held out of the training data, False if the data set brought it.
     """
 
     train: Split
@@ -72,6 +87,7 @@ class Splits:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
+    carved: bool = True
 
     def to(self, device: torch.device | str) -> Splits:
         """The same splits on ``device``; no copy where they are there already."""

@@ -145,10 +145,10 @@ def _protocol(result: Table) -> list[str]:
     p, accuracy = result["protocol"], _reported(result, "student")
     images = number(p["test_images"])
     chosen = "last weights" if p["selection"] == "last" else "best on the monitor images"
+    carved = f"{percent(p['monitor_share'])} of the training data, split seed {p['split_seed']}"
     splits = (
         f"{count(p['train_images'])} training images, {count(p['monitor_images'])} monitor images "
-        f"({percent(p['monitor_share'])} of the training data, split seed {p['split_seed']}) and "
-        f"{count(p['test_images'])} test images"
+        f"({'given' if p['monitor_share'] is None else carved}) and {count(p['test_images'])} test images"
     )
     seeds = ", ".join(str(seed) for seed in p["seeds"])
     said = [_objective(result), p["text"], f"Selection: {chosen}. Splits: {splits}. Seed: {seeds}."]
