@@ -167,7 +167,7 @@ def check_plugin(
     """Run kdcore's conformance checks on all that a plugin registers."""
     from .author import check
 
-    module = _host([], [plugin]).manager.get_plugin(Path(plugin).stem) if plugin.endswith(".py") else None
+    module = load_host([], [plugin]).manager.get_plugin(Path(plugin).stem) if plugin.endswith(".py") else None
     check(module or plugin)
 
 
