@@ -231,9 +231,10 @@ class Run:
 
     def _used(self) -> set[str]:
         """Plugins that the recipe names; others may come and go."""
-        view, executor = self.view, self.host.catalog.find("executor", self.recipe.execute.name).full_name
+        view, find, execute = self.view, self.host.catalog.find, self.recipe.execute
+        executed = [find("executor", execute.name).full_name, find("failure_policy", execute.failure.name).full_name]
         words = [view.teacher, view.student, view.objective, view.labels, view.optimizer, view.teacher_optimizer]
-        text = canonical(encode([*words, view.data, view.controllers, self.strategy, executor], str))
+        text = canonical(encode([*words, view.data, view.controllers, self.strategy, executed], str))
         return {name for name in self.host.origins if f'"{name}/' in text}
 
     def _saved(self) -> dict[str, Json]:
@@ -344,6 +345,7 @@ def make_settings(
         log_every=recipe.execute.log_every,
         checkpoint_seconds=recipe.execute.checkpoint_seconds,
         strict=strict,
+        failure=Spec(recipe.execute.failure.name, recipe.execute.failure.extras),
         plugin_files=plugin_files,
         blocked=blocked,
     )

@@ -259,6 +259,8 @@ def _decisions(result: Table) -> Grid:
 
 def _decision(event: Table) -> str:
     target, value = event["target"], event["value"]
+    if event["kind"] == "pieces":
+        return f"{target} in {value} pieces"
     return f"{target} = {json.dumps(value)}" if event["kind"] == "set" else f"{event['kind']} {target or ''}".strip()
 
 
