@@ -118,7 +118,8 @@ def _begin(session: Session, inputs: Mapping[str, Any], again: memory.Again | No
         session.warnings += preflight(session, inputs)
     for text in session.warnings:
         session.emit({"kind": "warning", "text": text, "preflight": True})
-    session.emit({"kind": "stage_started", "tick": session.tick, "ticks": session.ticks, "step": session.step})
+    ticks = {"tick": session.tick, "ticks": session.ticks, "every": session.stage.tick, "step": session.step}
+    session.emit({"kind": "stage_started", **ticks})
     session.begin_tick()
 
 
