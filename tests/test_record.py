@@ -66,7 +66,7 @@ def test_after_a_kill_each_step_counts_once_with_the_uninterrupted_runs_values(w
 
     def die(event):
         handle(event)
-        if event["kind"] == "log" and "->" in event["name"] and event["step"] == 25:
+        if event["kind"] == "log" and "->" in event["name"] and event["step"] == 30:
             raise KeyboardInterrupt
 
     made.console.handle = die
