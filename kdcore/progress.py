@@ -71,8 +71,12 @@ def state_of(folder: Path) -> tuple[Any, ...]:
     return tuple((about.st_mtime_ns, about.st_size) for about in (f.stat() for f in files if f.exists()))
 
 
-def look(folder: Path) -> Progress:
+def look(folder: Path, results: dict[str, dict[str, Any]]) -> Progress:
     """Reads journal, metrics.jsonl and the results of finished stages.
+
+    Args:
+        folder: of the run.
+        results: key -> stored result; those that are missing are read, with all that verifying them costs, and added.
 
     Raises:
         StorageError: the journal or run.json cannot be read.
@@ -86,11 +90,12 @@ def look(folder: Path) -> Progress:
     begun = {line["key"] for session in sessions[-1:] for line in session if line["kind"] == "start"}
     stages = []
     for key, name in _asked(journal, begun).items():
-        result = store.result(key) if key in ended else None
-        if result is None:
+        if key in ended and key not in results and (stored := store.result(key)) is not None:
+            results[key] = stored
+        if key not in results:
             stages.append(_unfinished(key, name, [line for line in lines if line.get("key") == key], key in begun))
         else:
-            stages.append(_finished(key, name, result, ended[key]["reused"]))
+            stages.append(_finished(key, name, results[key], ended[key]["reused"]))
     return Progress(
         run=folder.resolve().name,
         begun=lines[0]["time"] if lines else "",

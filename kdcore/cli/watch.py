@@ -23,26 +23,27 @@ def write_report(folder: Path, watch: bool, seconds: float) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is its usual end
         _follow(folder, seconds)
     else:
-        _write(folder, seconds, {})
+        _write(folder, seconds, {}, {})
     print(folder / "report.html")
 
 
 def _follow(folder: Path, seconds: float) -> None:
+    results: dict[str, Any] = {}
     drawn: dict[str, Any] = {}
     seen = None
     while True:
         now, started = state_of(folder), time.monotonic()
-        if now != seen and _write(folder, seconds, drawn):
+        if now != seen and _write(folder, seconds, results, drawn):
             return
         seen = now
         time.sleep(max(seconds, LEAST_REST * (time.monotonic() - started)))
 
 
-def _write(folder: Path, seconds: float, drawn: dict[str, Any]) -> bool:
+def _write(folder: Path, seconds: float, results: dict[str, Any], drawn: dict[str, Any]) -> bool:
     """Writes the page as it is now; True if that is the last one."""
     path = folder / "report.html"
     if not is_finished(folder):
-        write_live(look(folder), path, max(1, round(seconds)), drawn)
+        write_live(look(folder, results), path, max(1, round(seconds)), drawn)
     finished = is_finished(folder)  # the run may have ended, and written its page, just before ours
     if finished:
         write(json.loads((folder / "result.json").read_bytes()), path)

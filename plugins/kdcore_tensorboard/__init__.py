@@ -1,6 +1,6 @@
 """Observer ``tensorboard``: a run's curves as event files under RUN/tensorboard, one sub-run a stage.
 
-It acts where the package tensorboard can be imported (``pip install kdcore[tensorboard]``) and is silent elsewhere.
+It acts where the package tensorboard can be imported (the extra ``tensorboard`` of kdcore) and is silent elsewhere.
 Every scalar stands at the step at which it was measured. A stage that goes on after a kill does some steps again; its
 new event file begins with the order to forget what older ones say of them.
 """
@@ -28,18 +28,18 @@ class Board:
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=step)  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(folder), purge_step=step)
         self.step = step
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes values by tag; they are in the file on return, so that a kill takes nothing of an earlier step."""
         self.step = step
         for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
-        self.writer.flush()  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(tag, value, step)
+        self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 boards: dict[Path, Board] = {}
@@ -95,7 +95,7 @@ def kdcore_stage_finished(run: Mapping[str, Any], stage: Mapping[str, Any], resu
         copy_curves(folder, result)
     if folder in boards and result["events"]:
         said = "\n".join(f"- step {e['step']}: {e['kind']} {e['target']} {e['reason']}" for e in result["events"])
-        boards[folder].writer.add_text("decisions", said, result["steps"])  # type: ignore[no-untyped-call]
+        boards[folder].writer.add_text("decisions", said, result["steps"])
     close(folder)
 
 
