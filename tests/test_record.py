@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import threading
+from pathlib import Path
 
 import pytest
 from faults import failing
@@ -149,6 +150,14 @@ def test_a_run_that_cannot_write_them_has_the_same_result(whole, tmp_path):
     texts = [event["text"] for event in made.console.kinds("warning")]
     assert len(texts) == 1
     assert "the run goes on without" in texts[0]
+
+
+def test_the_documentation_names_every_kind_and_column(whole):
+    text = (Path(__file__).parents[1] / "docs" / "observing.md").read_text()
+    kinds = {line["kind"] for line in read(whole[0].folder)} | {"decision", "warning"}
+    assert {"run", "start", "log", "tick"} <= kinds
+    assert all(f"| `{kind}` |" in text for kind in kinds)
+    assert all(f"`{column}`" in text for column in record.COLUMNS)
 
 
 # ---------------------------------------------------------------- curves.csv

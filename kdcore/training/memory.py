@@ -53,7 +53,8 @@ def next_try(job: Job, catalog: Catalog, session: Session | None, error: Runtime
     """
     where = f"stage {job.name!r}"
     if session is None:  # not even its models fit
-        raise DeviceError(f"out of memory on {job.settings.device}: {error}", where=where, fix=_fix(1))
+        what = f"out of memory on {job.settings.device}: {error}"
+        raise DeviceError(what, where=where, fix=_fix(1)) from error
     failure = Failure(job.name, session.step, session.stage.data.batch_size, session.pieces, _most(session), str(error))
     spec = job.settings.failure
     entry = catalog.find("failure_policy", spec.name)
@@ -61,7 +62,7 @@ def next_try(job: Job, catalog: Catalog, session: Session | None, error: Runtime
     if found is None:
         tried = f" with batches in {failure.pieces} pieces" if failure.pieces > 1 else ""
         what = f"out of memory on {session.device}{tried}: {error}"
-        raise DeviceError(what, where=where, fix=_fix(failure.pieces))
+        raise DeviceError(what, where=where, fix=_fix(failure.pieces)) from error
     if not isinstance(found, Retry) or not failure.pieces < found.pieces <= failure.most:
         fix = f"Return None, or kdcore.Retry with {failure.pieces + 1} to {failure.most} pieces."
         raise PluginError(f"decide() gave {found!r}", where=f"failure policy {entry.full_name!r}", fix=fix)

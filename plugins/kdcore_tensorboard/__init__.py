@@ -94,8 +94,8 @@ def kdcore_stage_finished(run: Mapping[str, Any], stage: Mapping[str, Any], resu
     if result["reused"] and not folder.exists():
         copy_curves(folder, result)
     if folder in boards and result["events"]:
-        said = "\n".join(f"- step {e['step']}: {e['kind']} {e['target']} {e['reason']}" for e in result["events"])
-        boards[folder].writer.add_text("decisions", said, result["steps"])
+        said = [f"- step {e['step']}: {e['kind']} {e['target']} {e['value']} ({e['reason']})" for e in result["events"]]
+        boards[folder].writer.add_text("decisions", "\n".join(said), result["steps"])
     close(folder)
 
 
