@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,7 +127,11 @@ def test_a_recipe_with_memory_enough_has_the_same_bits_with_and_without_the_poli
 def test_what_a_try_held_is_gone_before_the_next_one(tmp_path, host, tight):
     module = tight(train=20)
     module.MODELS.clear()
-    run(tmp_path, host, RETRY, "train.epochs=1")
+    gc.disable()  # chance must not do it
+    try:
+        run(tmp_path, host, RETRY, "train.epochs=1")
+    finally:
+        gc.enable()
     assert len(module.ALIVE) == 3
     assert set(module.ALIVE) == {1}
 
