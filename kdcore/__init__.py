@@ -14,6 +14,7 @@ NUMERICS = 2
 """Raised when a change to kdcore can change a trained weight; part of the key of every stage."""
 
 _EXPORTS = {
+    "failure": "Failure FailurePolicy Retry",
     "errors": ("KdError RecipeError PluginError StorageError DataError NumericError DeviceError PlanError "
                "PreflightError Interrupted suggest"),
     "hookspecs": "hookimpl HOOKS_VERSION",
@@ -55,6 +56,9 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .errors import RecipeError as RecipeError
     from .errors import StorageError as StorageError
     from .errors import suggest as suggest
+    from .failure import Failure as Failure
+    from .failure import FailurePolicy as FailurePolicy
+    from .failure import Retry as Retry
     from .hookspecs import HOOKS_VERSION as HOOKS_VERSION
     from .hookspecs import hookimpl as hookimpl
     from .options import Field as Field

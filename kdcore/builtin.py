@@ -39,4 +39,8 @@ def kdcore_register(registry: Registrar) -> None:
     registry.optimizer("sgd", f"{training}.optimizers:sgd", options=f"{training}.options:SGDOptions")
     registry.optimizer("adamw", f"{training}.optimizers:adamw", options=f"{training}.options:AdamWOptions")
     registry.metric("kl", f"{training}.metrics:kl", about="KL(teacher || student) at temperature 1")
+    registry.failure_policy("stop", "kdcore.failure:StopPolicy", options="kdcore.options:Options",
+                            about="the run ends when a stage runs out of memory")  # fmt: skip
+    registry.failure_policy("retry", "kdcore.failure:RetryPolicy", options="kdcore.options:Options",
+                            about="goes on from the last checkpoint with batches in twice as many pieces")  # fmt: skip
     registry.executor("local", "kdcore.executor:LocalExecutor", about="this process, or --jobs n worker processes")

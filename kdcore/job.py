@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from .plan import Json
+from .plan import Json, Spec
 
 Event: TypeAlias = Mapping[str, Any]
 Emit: TypeAlias = Callable[[Event], None]
+STOP = Spec("core/stop")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Settings:
     log_every: int = 50
     checkpoint_seconds: float = 20.0
     strict: bool = False
+    failure: Spec = STOP
     plugin_files: tuple[str, ...] = ()
     blocked: tuple[str, ...] = ()
 
@@ -73,4 +75,5 @@ class Job:
         settings = data["settings"]
         for name in ("plugin_files", "blocked"):
             settings[name] = tuple(settings[name])
+        settings["failure"] = Spec(**settings["failure"])
         return cls(**{**data, "needs": tuple(data["needs"]), "settings": Settings(**settings)})

@@ -96,6 +96,7 @@ class ExecuteTable(Table):
     name: str = Field("local", description='an executor, e.g. "local"')
     jobs: int = Field(1, ge=1, description="how many stages may run at once, from 1")
     log_every: int = Field(50, ge=1, description="steps between two log points")
+    failure: Named = Field(Named(name="stop"), description='what to do when memory runs out: "stop" or "retry"')
     checkpoint_seconds: float = Field(20, ge=0, description="seconds between checkpoints; 0 for every epoch")
 
 
@@ -179,6 +180,7 @@ def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
         model=lambda table: _strategy_model(table, recipe.strategy, catalog),
     )
     _spec("executor", recipe.execute, catalog, "execute")
+    _spec("failure_policy", recipe.execute.failure, catalog, "execute.failure")
     return view, _spec("strategy", recipe.strategy, catalog, "strategy")
 
 

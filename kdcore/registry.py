@@ -26,6 +26,7 @@ REQUIRED = {
     "controller": ("needs", "decide", "state_dict", "load_state_dict"),
     "strategy": ("plan",),
     "executor": ("execute", "close"),
+    "failure_policy": ("decide",),
 }
 MOST_LISTED = 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -54,7 +55,7 @@ class Entry:
         missing = [name for name in REQUIRED.get(self.kind, ()) if not hasattr(found, name)]
         if missing:
             what = f"{self.kind} {self.full_name!r} has no {' and no '.join(map(repr, missing))}"
-            raise PluginError(what, where=f"plugin {self.origin}", fix=f"See kdcore.{self.kind.title()}.")
+            raise PluginError(what, where=f"plugin {self.origin}", fix=f"See kdcore.{_class(self.kind)}.")
         return found
 
     def options_class(self) -> type[Options]:
@@ -154,7 +155,8 @@ class Registrar:
 
     def step(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
         """Forward, losses and updates of one batch: a class constructed with its options, called with
-        ``(ctx: StepContext, batch: Batch)``. With ``state_dict`` and ``load_state_dict`` it keeps state over a resume.
+        ``(ctx: StepContext, batch: Batch)``. With ``state_dict`` and ``load_state_dict`` it keeps state over a resume;
+        with ``splits = True`` its batches may be cut where memory is short (``StepContext.pieces``).
         """
         self._add("step", name, target, options, about)
 
@@ -181,7 +183,9 @@ class Registrar:
         self._add("executor", name, target, options, about)
 
     def failure_policy(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
-        """What to do when a stage fails. Listed; no recipe key names it yet."""
+        """What to do when a stage runs out of memory: a class constructed with its options, see
+        :class:`kdcore.FailurePolicy`; ``execute.failure`` names it.
+        """
         self._add("failure_policy", name, target, options, about)
 
     def label_map(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
@@ -252,6 +256,10 @@ class Catalog:
         text = suggest(name, known)
         many = not text.startswith("Did") and len(known) > MOST_LISTED
         return f"`kdcore plugins` lists the {len(known)} known ones." if many else text
+
+
+def _class(kind: str) -> str:
+    return kind.title().replace("_", "")
 
 
 def _noun(kind: str) -> str:

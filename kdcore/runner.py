@@ -24,6 +24,7 @@ from .keys import Keys, in_order
 from .plan import Json, MemberResult, Outcome, Result, RunView, Spec, Stage
 from .plugins import PluginHost
 from .recipe import Recipe, compile_recipe
+from .record import Record
 from .store import Store
 from .summary import summarise
 
@@ -42,7 +43,7 @@ class Run:
         recipe: a checked recipe.
         host: loaded plugins.
         settings: how stages are executed.
-        folder: journal, result, student and report.
+        folder: journal, record, result, student and report.
         console: shown every event.
         jobs: stages at once.
         context: data, catalog and the stop flag of this process.
@@ -66,6 +67,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.store = Store(self.settings.store, lambda text: self.handle({"kind": "warning", "text": text}))
+        self.record = Record(self.folder, lambda text: self.console.handle({"kind": "warning", "text": text}))
         self.view, self.strategy = compile_recipe(self.recipe, self.host.catalog)
         load = self.context.load
         self.keys = Keys(self.host.catalog, self.recipe.seed, self.settings, lambda spec: str(load(spec).fingerprint))
@@ -76,6 +78,7 @@ class Run:
         started = time.perf_counter()
         self.journal = Journal(self.folder / "journal.jsonl")
         self._record_run()
+        self.record.begin()
         self.host.emit("kdcore_run_started", run=self.info)
         for text in self.warnings:
             self.handle({"kind": "warning", "text": text})
@@ -160,6 +163,7 @@ class Run:
             cost = {"seconds": result["seconds"], "flops": sum(result["flops"].values()), "reused": result["reused"]}
             self.journal.append({**record, **cost})
         self.results[key] = result
+        self.record.curves((s.name, self.results[key]) for key, s in self.stages.items() if key in self.results)
         self.handle({"kind": "stage_finished", "key": key, "name": self.stages[key].name, "result": result})
         if result["reused"]:
             for text in result["warnings"]:
@@ -183,6 +187,7 @@ class Run:
     def handle(self, event: Event) -> None:
         """Shows an event, journals starts, and tells observers."""
         self.console.handle(event)
+        self.record.event(event)
         kind = event["kind"]
         if event.get("preflight") and self.settings.strict:
             raise PreflightError(event["text"], where=f"stage {event.get('name', '')!r}", fix="Leave out --strict.")
@@ -235,9 +240,10 @@ class Run:
 
     def _used(self) -> set[str]:
         """Plugins that the recipe names; others may come and go."""
-        view, executor = self.view, self.host.catalog.find("executor", self.recipe.execute.name).full_name
+        view, find, execute = self.view, self.host.catalog.find, self.recipe.execute
+        executed = [find("executor", execute.name).full_name, find("failure_policy", execute.failure.name).full_name]
         words = [view.teacher, view.student, view.objective, view.labels, view.optimizer, view.teacher_optimizer]
-        text = canonical(encode([*words, view.data, view.controllers, self.strategy, executor], str))
+        text = canonical(encode([*words, view.data, view.controllers, self.strategy, executed], str))
         return {name for name in self.host.origins if f'"{name}/' in text}
 
     def _saved(self) -> dict[str, Json]:
@@ -348,6 +354,7 @@ def make_settings(
         log_every=recipe.execute.log_every,
         checkpoint_seconds=recipe.execute.checkpoint_seconds,
         strict=strict,
+        failure=Spec(recipe.execute.failure.name, recipe.execute.failure.extras),
         plugin_files=plugin_files,
         blocked=blocked,
     )

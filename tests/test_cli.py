@@ -135,7 +135,7 @@ def test_bug_is_called_a_bug_and_shows_its_traceback(
         (("run", "x.toml", "-p", "no:visoin"), "-p no:visoin: no plugin 'visoin' to leave out. Did you mean 'vision'?"),
         (("run", "x.toml", "-p", "no:core"), "-p no:core: no plugin 'core' to leave out."),
         (("resume", "nowhere"), "nowhere/run.json: no such file. Give the folder of a run"),
-        (("report", "nowhere"), "nowhere/result.json: no such file. The run is not finished"),
+        (("report", "nowhere"), "nowhere: no run of kdcore. Give its folder"),
     ],
 )
 def test_wrong_command_line_exits_2(arguments: tuple[str, ...], says: str, cli: Callable[..., Done]) -> None:

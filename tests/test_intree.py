@@ -93,7 +93,7 @@ host = load_plugins(block=sys.argv[1:])
 assert not host.broken, host.broken
 origin = host.origins["elsewhere"]
 entries = [e for kind in host.catalog.entries for e in host.catalog.all(kind) if e.origin.plugin == "elsewhere"]
-assert entries
+assert entries or host.manager.get_hookcallers(host.manager.get_plugin("elsewhere"))
 assert "torch" not in sys.modules
 for entry in entries[:10]:
     entry.options_class()

@@ -172,14 +172,14 @@ def check_plugin(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run")],
+    watch: Annotated[bool, typer.Option("--watch", help="again and again, until the run is finished")] = False,
+    seconds: Annotated[float, typer.Option("--seconds", metavar="N", min=0.1, help="between two pages")] = 5.0,
 ) -> None:
-    """Write report.html of a finished run again."""
-    from ..report import write
+    """Write report.html of a run: of one that is not finished, how far it is."""
+    from .watch import write_report
 
-    result = _read_json(folder / "result.json", "The run is not finished: kdcore resume it first.")
-    write(result, folder / "report.html")
-    typer.echo(str(folder / "report.html"))
+    write_report(folder, watch, seconds)
 
 
 def doctor() -> None:

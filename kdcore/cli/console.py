@@ -78,6 +78,8 @@ class RunConsole:
     def _stage_started(self, event: Event) -> None:
         resumed = f", goes on from step {event['step']}" if event["step"] else ""
         if self.live:
+            if event["key"] in self.tasks:  # another try
+                self.progress.remove_task(self.tasks[event["key"]])
             task = self.progress.add_task(event["name"], total=event["ticks"], completed=event["tick"], text=resumed)
             self.tasks[event["key"]] = task
         else:

@@ -59,7 +59,7 @@ def view(result: Table) -> dict[str, Any]:
         "protocol": _protocol(result),
         "chain": _chain(result),
         "stages": [_stage(result, stage, f"s{i}") for i, stage in enumerate(result["stages"], 1)],
-        "decisions": _decisions(result),
+        "decisions": decisions(result["stages"]),
         "cost": _cost(result),
         "versions": _versions(result),
         "recipe": json.dumps(result["recipe"], indent=2, ensure_ascii=False),
@@ -138,7 +138,7 @@ def _headline(result: Table) -> Grid:
     for text, (key, shown_as) in sizes.items():
         rows.append((text, *(shown_as(m.get(key)) for m in members), ratio(teacher.get(key), student.get(key))))
     heads = ("", "Student", "Teacher", "Control", "Teacher / student")
-    return _grid("Student, teacher and control", heads, "text num num num num", rows)
+    return grid("Student, teacher and control", heads, "text num num num num", rows)
 
 
 def _protocol(result: Table) -> list[str]:
@@ -192,7 +192,7 @@ def _stage(result: Table, stage: Table, name: str) -> StageView:
         facts.append(f"{role} from “{names.get(ref['stage'], ref['stage'][:12])}”")
     facts += ["reused" if stage["reused"] else "trained", f"key {stage['key'][:12]}"]
     on_chain = stage["key"] in {link["stage"] for link in result["chain"]}
-    return StageView(stage["name"], " · ".join(facts), on_chain, _members(result, stage), _panels(result, stage, name))
+    return StageView(stage["name"], " · ".join(facts), on_chain, _members(result, stage), panels(result, stage, name))
 
 
 def _members(result: Table, stage: Table) -> Grid:
@@ -205,13 +205,14 @@ def _members(result: Table, stage: Table) -> Grid:
         where = f"\u00a0({unit(stage)}\u00a0{position(stage, int(tick))})" if tick else ""
         rows.append((role, member["model"], origin, last, best + where, *test))
     heads = ("Member", "Model", "Weights", "Monitor, last", "Monitor, best", "Test, last", "Test, best on monitor")
-    return _grid(f"Accuracies in “{stage['name']}”", heads, "text text text num num num num", rows)
+    return grid(f"Accuracies in “{stage['name']}”", heads, "text text text num num num num", rows)
 
 
-def _panels(result: Table, stage: Table, name: str) -> tuple[Panel, ...]:
+def panels(result: Table, stage: Table, name: str) -> tuple[Panel, ...]:
+    """The figures of a stage; ``name`` begins their ids. Curves of other stages come from ``result``."""
     ends, axis = stops(stage), unit(stage)
     said = " ".join(f"Stopped at {axis} {s.at:g}: {s.reason.rstrip('.') or 'no reason given'}." for s in ends)
-    panels = []
+    found = []
     for title, key, note in (
         ("Monitor accuracy", "accuracy", ""),
         ("Train loss", "train.loss", "The whole weighted objective: heights compare only between equal objectives."),
@@ -221,8 +222,8 @@ def _panels(result: Table, stage: Table, name: str) -> tuple[Panel, ...]:
             shares = key == "accuracy"
             label = _label(title, series, ends, axis, shares)
             svg = figures.lines(f"{name}-{key.replace('.', '-')}", label, series, ends, axis, shares)
-            panels.append(Panel(title, Markup(svg), tuple(series), f"{note} {said}".strip()))
-    return (*panels, *_share_panels(stage, name, ends, said))
+            found.append(Panel(title, Markup(svg), tuple(series), f"{note} {said}".strip()))
+    return (*found, *_share_panels(stage, name, ends, said))
 
 
 def _share_panels(stage: Table, name: str, ends: Sequence[Stop], said: str) -> Iterable[Panel]:
@@ -247,18 +248,21 @@ def _label(title: str, series: Sequence[Series], ends: Sequence[Stop], axis: str
     return f"{title} over {axis}s: " + "; ".join([*said, *(f"stopped at {axis} {stop.at:g}" for stop in ends)])
 
 
-def _decisions(result: Table) -> Grid:
+def decisions(stages: Iterable[Table]) -> Grid:
+    """What was decided while the stages ran."""
     rows = [
         (stage["name"], count(e["epoch"]), count(e["step"]), e["controller"], _decision(e), e["reason"] or NONE)
-        for stage in result["stages"]
+        for stage in stages
         for e in stage["events"]
     ]
     heads = ("Stage", "Epoch", "Step", "Controller", "Decision", "Reason")
-    return _grid("Decisions of controllers", heads, "text num num text text long", rows)
+    return grid("Decisions of controllers", heads, "text num num text text long", rows)
 
 
 def _decision(event: Table) -> str:
     target, value = event["target"], event["value"]
+    if event["kind"] == "pieces":
+        return f"{target} in {value} pieces"
     return f"{target} = {json.dumps(value)}" if event["kind"] == "set" else f"{event['kind']} {target or ''}".strip()
 
 
@@ -273,7 +277,7 @@ def _cost(result: Table) -> Grid:
     rows.append(("All stages, when they were trained", seconds(all_of_them), "", "", "", ""))
     rows.append(("Trained in this run", seconds(sum(new)), "", "", "", f"{len(new)} of {len(result['stages'])} stages"))
     heads = ("Stage", "Time", "Steps", "Images / s", "FLOPs by member", "Result")
-    return _grid("Cost of each stage", heads, "text num num num long text", rows)
+    return grid("Cost of each stage", heads, "text num num num long text", rows)
 
 
 def _versions(result: Table) -> list[Grid]:
@@ -283,12 +287,13 @@ def _versions(result: Table) -> list[Grid]:
         text = ", ".join(f"{key} {value}" for key, value in stage["environment"].items())
         machines.setdefault(text, []).append(stage["name"])
     return [
-        _grid("Versions", ("Part", "Version"), "text text", result["versions"].items()),
-        _grid("Plugins", ("Plugin", "Distribution", "Version"), "text text text", rows),
-        _grid("Machine", ("Stages", "Environment"), "text long", [("; ".join(v), k) for k, v in machines.items()]),
+        grid("Versions", ("Part", "Version"), "text text", result["versions"].items()),
+        grid("Plugins", ("Plugin", "Distribution", "Version"), "text text text", rows),
+        grid("Machine", ("Stages", "Environment"), "text long", [("; ".join(v), k) for k, v in machines.items()]),
     ]
 
 
-def _grid(caption: str, heads: Sequence[str], kinds: str, rows: Iterable[Sequence[Any]]) -> Grid:
+def grid(caption: str, heads: Sequence[str], kinds: str, rows: Iterable[Sequence[Any]]) -> Grid:
+    """A table; ``kinds`` has one word a head."""
     cells = tuple(tuple(NONE if cell is None else str(cell) for cell in row) for row in rows)
     return Grid(caption, tuple(zip(heads, kinds.split(), strict=True)), cells)

@@ -41,7 +41,7 @@ def accuracy(session: Session, module: nn.Module, split: Split) -> dict[str, flo
     correct = torch.zeros((), dtype=torch.int64, device=session.device)
     loss = torch.zeros((), dtype=torch.float64, device=session.device)
     with evaluating(module), session.autocast():
-        for inputs, target in eval_batches(split, session.splits, session.device):
+        for inputs, target in eval_batches(split, session.splits, session.device, session.eval_size):
             logits = module(inputs).float()
             correct += (logits.argmax(1) == target).sum()
             loss += F.cross_entropy(logits, target, reduction="sum")
@@ -58,7 +58,7 @@ def metrics(session: Session, learner: Learner) -> dict[str, float]:
     teacher = session.learners[source].evaluated
     sums = {name: torch.zeros((), dtype=torch.float64, device=session.device) for name in wanted}
     with evaluating(learner.evaluated, teacher), session.autocast():
-        for inputs, target in eval_batches(session.splits.monitor, session.splits, session.device):
+        for inputs, target in eval_batches(session.splits.monitor, session.splits, session.device, session.eval_size):
             student_logits, teacher_logits = learner.evaluated(inputs), teacher(inputs)
             for name in wanted:
                 sums[name] += session.metrics[name](student_logits, teacher_logits, target).sum()
@@ -77,11 +77,17 @@ def gradient_shares(session: Session, learner: Learner) -> dict[str, float]:
         return {}
     sources = {t.source: session.learners[t.source].evaluated for t in terms if t.source is not None}
     with evaluating(learner.module, *sources.values()), session.autocast():
-        logits = learner.module(batch.inputs).float()
-        others = {name: Outputs(module(batch.inputs).float()) for name, module in sources.items()}
+        logits = _logits(session, learner.module)
+        others = {name: Outputs(_logits(session, module)) for name, module in sources.items()}
         with torch.enable_grad():
             gradients = {t.label: _gradient(t, logits, others, batch) for t in terms}
     return _compare(gradients)
+
+
+def _logits(session: Session, module: nn.Module) -> Tensor:
+    """Of the probe: [B, C] float32."""
+    parts = [module(inputs) for inputs in torch.split(session.probe.inputs, session.eval_size)]
+    return torch.cat(parts).float()
 
 
 def _gradient(term: LiveTerm, logits: Tensor, others: dict[str, Outputs], batch: Batch) -> Tensor:

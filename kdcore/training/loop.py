@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
-
-import torch
 
 from ..codec import decode
 from ..data import Splits
-from ..errors import DeviceError, Interrupted, PlanError, PluginError, suggest
+from ..errors import Interrupted, PlanError, PluginError, suggest
 from ..job import Emit, Job
 from ..plan import Decision, Drop, Finish, Json, Set, TickView
 from ..registry import Catalog
 from ..store import Store
-from . import device, evaluate, state
+from . import device, evaluate, memory, state
 from .member import Learner, classifies, host_state
 from .preflight import preflight
 from .result import finish
@@ -49,16 +48,37 @@ def run_stage(
     """
     place = device.resolve(job.settings.device)
     with device.sandbox(place, job.settings.threads):
-        try:
-            stage = decode(job.name, job.stage)
-            inputs = {key: _needed(store, key) for key in job.needs}
-            used = curves(inputs, stage.uses.items())
-            session = open_session(job, catalog, load(stage.data), store, emit, used)
-            _train(session, inputs, stopped)
-            return finish(session)
-        except torch.OutOfMemoryError as error:
-            fix = "Lower data.batch_size."
-            raise DeviceError(f"out of memory on {place}: {error}", where=f"stage {job.name!r}", fix=fix) from error
+        stage = decode(job.name, job.stage)
+        inputs = {key: _needed(store, key) for key in job.needs}
+        used = curves(inputs, stage.uses.items())
+        again: memory.Again | None = None
+        while True:
+            opened = partial(open_session, job, catalog, load(stage.data), store, emit, used)
+            found = _attempt(opened, job, catalog, inputs, stopped, again)
+            if not isinstance(found, memory.Again):
+                return found
+            again = found
+            memory.release()
+
+
+def _attempt(
+    opened: Callable[[], Session],
+    job: Job,
+    catalog: Catalog,
+    inputs: Mapping[str, Any],
+    stopped: Callable[[], int],
+    again: memory.Again | None,
+) -> dict[str, Any] | memory.Again:
+    """The result, or the next try if memory ran out; nothing that this one held outlives it."""
+    session: Session | None = None
+    try:
+        session = opened()
+        _train(session, inputs, stopped, again)
+        return finish(session)
+    except RuntimeError as error:
+        if not memory.is_exhausted(error):
+            raise
+        return memory.next_try(job, catalog, session, error)
 
 
 def _needed(store: Store, key: str) -> dict[str, Any]:
@@ -68,8 +88,8 @@ def _needed(store: Store, key: str) -> dict[str, Any]:
     return found
 
 
-def _train(session: Session, inputs: Mapping[str, Any], stopped: Callable[[], int]) -> None:
-    _begin(session, inputs)
+def _train(session: Session, inputs: Mapping[str, Any], stopped: Callable[[], int], again: memory.Again | None) -> None:
+    _begin(session, inputs, again)
     clock = Clock(session)
     while not session.over:
         _step(session)
@@ -87,16 +107,19 @@ def _train(session: Session, inputs: Mapping[str, Any], stopped: Callable[[], in
     clock.stop()
 
 
-def _begin(session: Session, inputs: Mapping[str, Any]) -> None:
+def _begin(session: Session, inputs: Mapping[str, Any], again: memory.Again | None) -> None:
     """Goes on from the newest checkpoint, or checks the teachers before the first step."""
     folder = session.store.checkpoint(session.job.key)
     if folder is not None:
         state.unpack(session, folder)
-    else:
-        session.warnings = preflight(session, inputs)
+    if again is not None:
+        memory.begin(session, again)
+    if folder is None:
+        session.warnings += preflight(session, inputs)
     for text in session.warnings:
         session.emit({"kind": "warning", "text": text, "preflight": True})
-    session.emit({"kind": "stage_started", "tick": session.tick, "ticks": session.ticks, "step": session.step})
+    ticks = {"tick": session.tick, "ticks": session.ticks, "every": session.stage.tick, "step": session.step}
+    session.emit({"kind": "stage_started", **ticks})
     session.begin_tick()
 
 
@@ -163,7 +186,8 @@ def _tick(session: Session, clock: Clock) -> None:
     for learner in session.taught_by:
         learner.curve.append(_still(session, learner))
     now = {learner.name: learner.curve[-1] for learner in session.trained}
-    session.emit({"kind": "tick", "tick": session.tick, "ticks": session.ticks, "metrics": now})
+    ticks = {"tick": session.tick, "ticks": session.ticks, "step": session.step}
+    session.emit({"kind": "tick", **ticks, "metrics": now})
     _decide(session)
     session.begin_tick()
     session.finished = session.finished or not session.trained

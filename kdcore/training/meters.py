@@ -20,12 +20,14 @@ class Meters:
     """
 
     sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    pending: list[tuple[str, int, Tensor]] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)
+    pending: list[tuple[str, int, Tensor, float]] = field(default_factory=list)
 
-    def record(self, name: str, step: int, value: Tensor) -> None:
-        """Remembers ``value`` (0-d, any float dtype) under ``member.term``; costs no copy."""
-        self.pending.append((name, step, value.detach()))
+    def record(self, name: str, step: int, value: Tensor, share: float = 1.0) -> None:
+        """Remembers ``value`` (0-d, any float dtype) under ``member.term``; costs no copy. ``share`` is what it counts:
+        less than 1 for a piece of a batch.
+        """
+        self.pending.append((name, step, value.detach(), share))
 
     def flush(self, stage: str) -> dict[str, float]:
         """Moves what is pending to the host, one copy; returns the means since the last flush.
@@ -35,16 +37,16 @@ class Meters:
         """
         if not self.pending:
             return {}
-        host = torch.stack([value.double() for _, _, value in self.pending]).tolist()  # the only sync until the next
-        interval: dict[str, list[float]] = {}
-        for (name, step, _), value in zip(self.pending, host, strict=True):
+        host = torch.stack([value.double() for _, _, value, _ in self.pending]).tolist()  # the only sync until the next
+        interval = Meters()
+        for (name, step, _, share), value in zip(self.pending, host, strict=True):
             if not math.isfinite(value):
                 raise _not_finite(stage, name, step, value)
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-            interval.setdefault(name, []).append(value)
+            for meters in (self, interval):
+                meters.sums[name] = meters.sums.get(name, 0.0) + share * value
+                meters.counts[name] = meters.counts.get(name, 0) + share
         self.pending.clear()
-        return {name: sum(values) / len(values) for name, values in interval.items()}
+        return interval.take()
 
     def take(self) -> dict[str, float]:
         """The means since the last call, and a fresh start."""

@@ -21,11 +21,14 @@ from ..registry import Catalog
 from ..seeds import derive
 from ..store import Store
 from . import device as devices
+from . import memory
 from .knobs import Knobs
 from .member import Learner, LiveTerm, Tapped, build_model, classifies, load_weights, make_ema
 from .meters import Meters
 from .schedules import as_schedule, compile_schedule
 from .step import StepContext
+
+EVAL_SIZE = 512
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Session:
     meters: Meters = field(default_factory=Meters)
     step: int = 0
     tick: int = 0
+    pieces: int = 1  # of a batch; more after memory ran out
     seconds: float = 0.0
     finished: bool = False
     events: list[dict[str, Json]] = field(default_factory=list)
@@ -89,6 +93,11 @@ class Session:
         """True after the last step, or when a controller ended the stage."""
         return self.finished or self.step >= self.ticks * self.steps_per_tick
 
+    @property
+    def eval_size(self) -> int:
+        """Samples of an evaluation batch, which is cut as often as the training's."""
+        return -(-EVAL_SIZE // self.pieces)
+
     def autocast(self) -> torch.autocast:
         return devices.autocast(self.device, self.job.settings.precision)
 
@@ -115,6 +124,8 @@ class Session:
         for name, learner in self.learners.items():
             learner.thaw(name in trained)
         self.context.trained, self.context.sources = tuple(trained), sources
+        if self.pieces > 1:
+            memory.check(self)  # a loss that wants whole batches may have come alive
 
     @property
     def trained(self) -> list[Learner]:

@@ -30,6 +30,7 @@ def unpack(session: Session, folder: Path) -> None:
     tensors = load_file(folder / "tensors.safetensors", device=str(session.device))
     for name in ("step", "tick", "seconds", "events", "warnings", "finished"):
         setattr(session, name, state[name])
+    session.pieces = state.get("pieces", 1)  # checkpoints of kdcore 0.1 may lack it
     session.meters.sums, session.meters.counts = state["sums"], state["counts"]
     for (_, controller), saved in zip(session.controllers, state["controllers"], strict=True):
         controller.load_state_dict(saved)
@@ -61,6 +62,7 @@ def _state(session: Session) -> dict[str, Json]:
     return {
         "step": session.step,
         "tick": session.tick,
+        "pieces": session.pieces,
         "seconds": session.seconds,
         "finished": session.finished,
         "events": session.events,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from ..data import Batch
 from ..options import Options as NoOptions
 from ..outputs import Outputs
 from ..seeds import derive
-from . import device
+from . import device, memory
 from .objective import weighted_loss
 
 if TYPE_CHECKING:
@@ -24,12 +24,14 @@ class StepContext:
 
     ``trained`` are the members with live terms, ``sources`` those that a live term names (with True where a term wants
     the path through them). A step calls :meth:`forward`, :meth:`loss`, :meth:`backward` and :meth:`apply`; loop, order,
-    checkpoints and meters stay the framework's.
+    checkpoints and meters stay the framework's. A step class whose batches may be cut where memory is short says
+    ``splits = True`` and goes through :meth:`pieces`.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._calls: dict[str, int] = {}
+        self._piece, self._share = 0, 1.0
         self.step = 0
         self.trained: tuple[str, ...] = ()
         self.sources: dict[str, bool] = {}
@@ -46,6 +48,19 @@ class StepContext:
     def knob(self, path: str) -> Any:
         """The current value of a knob, e.g. ``data.difficulty``."""
         return self._session.knobs.values[path]
+
+    def pieces(self, batch: Batch) -> Iterator[Batch]:
+        """The batch in pieces that fit into memory; usually one, the batch itself.
+
+        While a piece is out, :meth:`backward` adds to the gradients of those before it, and it and :meth:`record` count
+        the piece by its share of the samples. So a loop over the pieces, with one :meth:`apply` after it, is one update
+        by the whole batch, for losses that are means over samples.
+        """
+        parts = memory.cut(self._session, batch)
+        for self._piece, piece in enumerate(parts):
+            self._share = len(piece.inputs) / len(batch.inputs)
+            yield piece
+        self._piece, self._share = 0, 1.0
 
     def forward(self, name: str, *inputs: Any, through: bool = False) -> Outputs:
         """Runs a member.
@@ -80,8 +95,10 @@ class StepContext:
         """Gradients of ``loss`` for the parameters of this member alone, added to those there if ``accumulate``."""
         learner = self._session.learners[name]
         assert learner.optimizer is not None, "a trained member has an optimizer"
-        if not accumulate:
+        if not accumulate and self._piece == 0:
             learner.optimizer.zero_grad(set_to_none=True)
+        if self._share != 1:
+            loss = loss * self._share
         loss.backward(inputs=learner.parameters)  # type: ignore[no-untyped-call]
 
     def apply(self, name: str) -> None:
@@ -100,7 +117,7 @@ class StepContext:
 
     def record(self, name: str, value: Tensor) -> None:
         """Adds a 0-d tensor to the curve ``member.name``; no sync."""
-        self._session.meters.record(name, self.step, value)
+        self._session.meters.record(name, self.step, value, self._share)
 
     def seed(self, name: str) -> int:
         """A seed for this member, step and call, whatever else the stage holds."""
@@ -115,23 +132,27 @@ class StepContext:
         """Called by the loop before each step."""
         self.step = step
         self._calls.clear()
+        self._piece, self._share = 0, 1.0
 
 
 class Distill:
-    """Every source once, then forward, objective and backward of each trained member, then all updates.
+    """Every source once, then forward, objective and backward of each trained member, then all updates; where memory is
+    short, all but the updates piece by piece.
 
     Members that nobody learns from run one after another, so that only one graph is alive at a time.
     """
 
     Options = NoOptions
+    splits = True
 
     def __init__(self, options: NoOptions) -> None:
         pass
 
     def __call__(self, ctx: StepContext, batch: Batch) -> None:
-        shared = {name: ctx.forward(name, batch.inputs, through=through) for name, through in ctx.sources.items()}
-        for name in ctx.trained:
-            own = shared[name] if name in shared else ctx.forward(name, batch.inputs)
-            ctx.backward(name, ctx.loss(name, own, shared, batch))
+        for piece in ctx.pieces(batch):
+            shared = {name: ctx.forward(name, piece.inputs, through=through) for name, through in ctx.sources.items()}
+            for name in ctx.trained:
+                own = shared[name] if name in shared else ctx.forward(name, piece.inputs)
+                ctx.backward(name, ctx.loss(name, own, shared, piece))
         for name in ctx.trained:
             ctx.apply(name)

@@ -1,0 +1,50 @@
+"""``kdcore report``: the page of a run, finished or not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError
+from ..progress import is_finished, look, state_of
+from ..report import write, write_live
+
+LEAST_REST = 10  # times as long as the page took: watching takes a tenth of a core at most, however large the run
+
+
+def write_report(folder: Path, watch: bool, seconds: float) -> None:
+    """Writes report.html of a run; with ``watch`` again and again until it is finished."""
+    if not any((folder / name).is_file() for name in ("result.json", "journal.jsonl")):
+        raise RecipeError("no run of kdcore", where=str(folder), fix="Give its folder, e.g. runs/digits-1a2b3c4d.")
+    if watch:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is its usual end
+        _follow(folder, seconds)
+    else:
+        _write(folder, seconds, {}, {})
+    print(folder / "report.html")
+
+
+def _follow(folder: Path, seconds: float) -> None:
+    results: dict[str, Any] = {}
+    drawn: dict[str, Any] = {}
+    seen = None
+    while True:
+        now, started = state_of(folder), time.monotonic()
+        if now != seen and _write(folder, seconds, results, drawn):
+            return
+        seen = now
+        time.sleep(max(seconds, LEAST_REST * (time.monotonic() - started)))
+
+
+def _write(folder: Path, seconds: float, results: dict[str, Any], drawn: dict[str, Any]) -> bool:
+    """Writes the page as it is now; True if that is the last one."""
+    path = folder / "report.html"
+    if not is_finished(folder):
+        write_live(look(folder, results), path, max(1, round(seconds)), drawn)
+    finished = is_finished(folder)  # the run may have ended, and written its page, just before ours
+    if finished:
+        write(json.loads((folder / "result.json").read_bytes()), path)
+    return finished
