@@ -22,6 +22,8 @@ _EXPORTS = {
     "registry": "Registrar",
     "plan": ("Stage Member Term Schedule Spec ModelRef ResultRef OptimizerSpec SourceSpec Set Drop Finish Decision "
              "Result MemberResult Outcome TickView Controller Strategy RunView labels_alone Plan Json"),
+    "deploy.classifier": "Classifier load_model",
+    "deploy.export": "Exporter",
     "data": "Dataset Split TrainData DataInfo Batch Random Source SourceContext",
     "outputs": "Outputs Shapes Loss",
     "training.step": "StepContext",
@@ -45,6 +47,9 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .data import SourceContext as SourceContext
     from .data import Split as Split
     from .data import TrainData as TrainData
+    from .deploy.classifier import Classifier as Classifier
+    from .deploy.classifier import load_model as load_model
+    from .deploy.export import Exporter as Exporter
     from .errors import DataError as DataError
     from .errors import DeviceError as DeviceError
     from .errors import Interrupted as Interrupted

@@ -44,3 +44,11 @@ def kdcore_register(registry: Registrar) -> None:
     registry.failure_policy("retry", "kdcore.failure:RetryPolicy", options="kdcore.options:Options",
                             about="goes on from the last checkpoint with batches in twice as many pieces")  # fmt: skip
     registry.executor("local", "kdcore.executor:LocalExecutor", about="this process, or --jobs n worker processes")
+
+    deploy = "kdcore.deploy"
+    registry.exporter("safetensors", f"{deploy}.exporters:SafetensorsExporter", options="kdcore.options:Options",
+                      about="weights and card, for recipes and kdcore.load_model")  # fmt: skip
+    registry.exporter("torch-export", f"{deploy}.exporters:TorchExporter", options="kdcore.options:Options",
+                      about="a program of torch.export, .pt2")  # fmt: skip
+    registry.exporter("onnx", f"{deploy}.exporters:OnnxExporter", options=f"{deploy}.options:OnnxOptions",
+                      about="ONNX, checked with onnxruntime; needs the extra onnx")  # fmt: skip

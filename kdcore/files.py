@@ -92,3 +92,21 @@ def replace_file(path: Path, data: bytes) -> None:
         with storing(path):
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` for others to write to; the file takes its place, durably, when the block ends well.
+
+    Raises:
+        StorageError: it cannot be written. ``path`` is as it was then, as after any other error.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with storing(path):
+            make_folder(path.parent)
+            yield temporary
+            sync(temporary)
+            rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, model_validator
 
-from .errors import RecipeError
-from .options import Field, Options, Plain, validate
+from .card import find_card
+from .errors import RecipeError, StorageError
+from .options import Field, Options, Plain, shown, validate
 from .overrides import override, read
 from .plan import Json, ModelRef, OptimizerSpec, RunView, Schedule, SourceSpec, Spec, Stage, Term
 from .registry import Catalog, Entry
@@ -40,10 +40,10 @@ class Named(Table):
 
 
 class ModelTable(Table):
-    """``{ model = "cnn", size = 3 }``; further keys are the model's options."""
+    """``{ model = "cnn", size = 3 }``; further keys are the model's options. A weights file with a card says both."""
 
     name_key: ClassVar[str] = "model"
-    model: str = Field(description='a model, e.g. { model = "cnn", size = 3 }')
+    model: str | None = Field(None, description='a model, e.g. { model = "cnn", size = 3 }')
     weights: str | None = Field(None, description="the path of a .safetensors file")
     given: bool = Field(False, description="true if the model is built with its weights, so that no teacher is trained")
 
@@ -196,11 +196,33 @@ def _options(entry: Entry, table: Table, where: str) -> dict[str, Json]:
 
 
 def _model(table: ModelTable, catalog: Catalog, where: str) -> ModelRef:
-    if table.weights is not None and not _is_safetensors(Path(table.weights)):
-        what = f"{table.weights!r} is no safetensors file"
-        raise RecipeError(what, where=f"{where}.weights", fix="Write the path of a .safetensors file.")
+    told = None if table.weights is None else _told(table.weights, catalog, f"{where}.weights")
+    if told is not None and table.model is None:
+        table = ModelTable.model_validate({**told.options, **table.model_dump(), "model": told.name})
+    if table.model is None:
+        what = "missing" if table.weights is None else f"missing: {table.weights} does not say it"
+        raise RecipeError(what, where=f"{where}.model", fix='Write a model, e.g. { model = "cnn", size = 3 }.')
     spec = _spec("model", table, catalog, where)
+    if told is not None and spec != told:
+        what = f"{_shown(spec)} is not what {table.weights} holds, which is {_shown(told)}"
+        raise RecipeError(what, where=where, fix="Leave model and options out; the file says them.")
     return ModelRef(spec.name, spec.options, table.weights, table.given)
+
+
+def _told(path: str, catalog: Catalog, where: str) -> Spec | None:
+    """The model that a weights file names, with defaults for options that are newer than it; None if it names none."""
+    try:
+        card = find_card(Path(path))
+    except StorageError as error:
+        raise RecipeError(str(error), where=where) from error
+    if card is None:
+        return None
+    entry = catalog.find("model", card.model, where)
+    return Spec(entry.full_name, entry.check(card.options, where))
+
+
+def _shown(spec: Spec) -> str:
+    return " ".join([spec.name, *(f"{key}={shown(value)}" for key, value in spec.options.items())])
 
 
 def _strategy_model(table: Mapping[str, Json], strategy: Named, catalog: Catalog) -> ModelRef:
@@ -226,16 +248,6 @@ def _objective(tables: Sequence[ObjectiveTable], catalog: Catalog) -> tuple[Term
             fix = 'Give this one another: name = "...".'
             raise RecipeError(f"the name {label!r} is {taken}", where=f"objective[{i}].name", fix=fix)
     return terms
-
-
-def _is_safetensors(path: Path) -> bool:
-    """True if the file's header says so; the tensors are read later."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            return size < path.stat().st_size and isinstance(json.loads(file.read(size)), dict)
-    except (OSError, ValueError):
-        return False
 
 
 def _term(table: ObjectiveTable, catalog: Catalog, where: str) -> Term:

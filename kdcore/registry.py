@@ -27,6 +27,7 @@ REQUIRED = {
     "strategy": ("plan",),
     "executor": ("execute", "close"),
     "failure_policy": ("decide",),
+    "exporter": ("suffix", "export", "load"),
 }
 MOST_LISTED = 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -193,7 +194,9 @@ class Registrar:
         self._add("label_map", name, target, options, about)
 
     def exporter(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
-        """Writes a finished student in another format. Listed; no command uses it yet."""
+        """A format of ``kdcore export``: a class constructed with its options, see :class:`kdcore.Exporter`. What it
+        writes is kept if it gives the same logits when it is read again.
+        """
         self._add("exporter", name, target, options, about)
 
     def command(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import NUMERICS, __version__
+from .card import check_images
 from .codec import canonical, digest, encode
 from .errors import PlanError, PluginError, PreflightError
 from .executor import Context, DataCache, Executor
@@ -77,6 +78,7 @@ class Run:
         """Runs the strategy to its outcome; returns the content of result.json."""
         started = time.perf_counter()
         self.journal = Journal(self.folder / "journal.jsonl")
+        self._check_given()
         self._record_run()
         self.record.begin()
         self.host.emit("kdcore_run_started", run=self.info)
@@ -93,6 +95,12 @@ class Run:
             result["degraded"] = dict(self.host.muted)  # this last hook muted one more
             self._deliver(outcome, result)
         return result
+
+    def _check_given(self) -> None:
+        """Refuses given weights of a model for other images before anything is trained."""
+        for role, model in (("teacher", self.view.teacher), ("student", self.view.student)):
+            if model.weights is not None:
+                check_images(model.weights, self.context.load(self.view.data).info, f"{role}.weights")
 
     # ------------------------------------------------------------ the strategy
 

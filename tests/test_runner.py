@@ -309,11 +309,11 @@ def test_a_plugin_that_is_edited_while_the_run_goes_on_poisons_no_result(tmp_pat
 def test_a_weights_file_that_changed_counts_anew_in_the_same_process(tmp_path):
     make_run(tmp_path).execute()
     source = next(tmp_path.glob("store/results/*/teacher.safetensors"))
-    other = next(tmp_path.glob("store/results/*/student.safetensors"))
+    weights = source.read_bytes()
     given = tmp_path / "given.safetensors"
     keys = []
-    for path in (source, other):
-        given.write_bytes(path.read_bytes())
+    for content in (weights, weights[:-1] + bytes([weights[-1] ^ 1])):
+        given.write_bytes(content)
         recipe = {**RECIPE, "teacher": {**RECIPE["teacher"], "weights": str(given)}}
         run = make_run(tmp_path, recipe=recipe, name="given")
         keys.append(run.keys.of(run.view.label_only("teacher", run.view.teacher)))

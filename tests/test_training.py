@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import PROOFS, RECIPE, file_hash, make_run, weights
 
 import kdcore
@@ -202,11 +202,17 @@ def test_a_ragged_batch_of_one_with_class_normalisation_is_refused(tmp_path):
         bad.execute()
 
 
+def without_card(source, folder):
+    """A copy of a weights file as others write it: nothing in it says its model or images."""
+    save_file(load_file(source), folder / "bare.safetensors")
+    return str(folder / "bare.safetensors")
+
+
 def test_a_teacher_with_other_classes_is_refused_by_name(tmp_path):
     synthetic = {"name": "synthetic", "classes": 3, "samples": 60, "test_samples": 30, "size": 8, "channels": 1}
     make_run(tmp_path, recipe={**RECIPE, "data": {**synthetic, "batch_size": 16}}).execute()
     source = next(tmp_path.glob("store/results/*/teacher.safetensors"))
-    recipe = {**RECIPE, "teacher": {**RECIPE["teacher"], "weights": str(source)}}
+    recipe = {**RECIPE, "teacher": {**RECIPE["teacher"], "weights": without_card(source, tmp_path)}}
     with pytest.raises(RecipeError, match="must have the data's number of classes"):
         make_run(tmp_path, recipe=recipe, name="other").execute()
 
@@ -214,7 +220,7 @@ def test_a_teacher_with_other_classes_is_refused_by_name(tmp_path):
 def test_weights_of_another_architecture_are_refused(tmp_path):
     make_run(tmp_path).execute()
     source = next(tmp_path.glob("store/results/*/teacher.safetensors"))
-    recipe = {**RECIPE, "teacher": {"model": "cnn", "size": 1, "weights": str(source)}}
+    recipe = {**RECIPE, "teacher": {"model": "cnn", "size": 1, "weights": without_card(source, tmp_path)}}
     with pytest.raises(RecipeError, match=r"lacks|too"):
         make_run(tmp_path, recipe=recipe, name="other").execute()
 

@@ -40,7 +40,7 @@ def build(arguments: list[str]) -> typer.Typer:
         add_completion=False,
     )
     app.callback()(_top)
-    commands = (run, resume, plan, plugins, new_plugin, check_plugin, report, doctor)
+    commands = (run, resume, plan, plugins, new_plugin, check_plugin, report, export, convert, doctor)
     for command in commands:
         app.command()(command)
     app.add_typer(_store_app(), name="store", help="List, clean, pack and unpack stored results.")
@@ -180,6 +180,52 @@ def report(
     from .watch import write_report
 
     write_report(folder, watch, seconds)
+
+
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="a run's folder, or a .safetensors file")],
+    name: Annotated[str, typer.Option("--format", metavar="NAME", help="an exporter")] = "torch-export",
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="default: beside RUN's or FILE's")] = None,
+    member: Annotated[str, typer.Option("--member", metavar="NAME", help="of RUN: student or teacher")] = "student",
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=2, help="images to compare on")] = 8,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="of the exporter")] = None,
+    plugin_file: Files = None,
+    block: Block = None,
+) -> None:
+    """Write a trained model for other programs, and compare what was written with the model."""
+    from .exchange import export_model, member_file
+
+    files, blocked, file, beside = plugin_file or [], _blocked(block), source, source
+    if source.is_dir():
+        saved = _read_json(source / "run.json", "Give the folder of a run, e.g. runs/digits-1a2b3c4d.")
+        result = _read_json(source / "result.json", "The run is not finished: kdcore resume it first.")
+        files, blocked = [*saved["plugin_files"], *files], [*saved["blocked"], *blocked]
+        file, beside = member_file(source, member, saved["store"], result), source / f"{member}.safetensors"
+    host = load_host(blocked, files)
+    with host.blaming():
+        export_model(host, file, name, sets or [], out, beside, batch)
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="a .pth, .pt or .safetensors file")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="the .safetensors file to write")],
+    key: Annotated[str, typer.Option("--key", metavar="NAME", help="where in IN the state dict is")] = "",
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="the model that it belongs to")] = "",
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="an option of the model")] = None,
+    shape: Annotated[str | None, typer.Option("--shape", metavar="CxHxW", help="of an image, e.g. 3x32x32")] = None,
+    classes: Annotated[int | None, typer.Option("--classes", metavar="N", min=1, help="number of classes")] = None,
+    mean: Annotated[str | None, typer.Option("--mean", metavar="X[,X,X]", help="of the normalisation")] = None,
+    std: Annotated[str | None, typer.Option("--std", metavar="X[,X,X]", help="of the normalisation")] = None,
+    scale: Annotated[float | None, typer.Option("--scale", help="stored pixels / this are normalised (255)")] = None,
+    plugin_file: Files = None,
+) -> None:
+    """Turn a checkpoint of torch into a weights file; nothing that it holds is run."""
+    from .exchange import convert_file
+
+    host = load_host([], plugin_file or [])
+    images = {"shape": shape, "classes": classes, "mean": mean, "std": std, "scale": scale}
+    with host.blaming():
+        convert_file(host, source, target, key, model, sets or [], images)
 
 
 def doctor() -> None:

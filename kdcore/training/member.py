@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..card import check_images
 from ..data import DataInfo
 from ..errors import PlanError, RecipeError, StorageError
 from ..options import Options
@@ -96,6 +97,7 @@ def build_model(ref: ModelRef, catalog: Catalog, info: DataInfo, seed: int) -> n
 
     Raises:
         PlanError: the model does not give [B, classes].
+        StorageError, RecipeError: ``ref.weights`` is no safetensors file, or of another model or other images.
     """
     entry = catalog.find("model", ref.model)
     options = entry.options_class()(**ref.options)
@@ -105,6 +107,7 @@ def build_model(ref: ModelRef, catalog: Catalog, info: DataInfo, seed: int) -> n
         if classifies(module):
             _check_logits(module, ref, info)
     if ref.weights is not None:
+        check_images(ref.weights, info, f"model {ref}")
         load_weights(module, Path(ref.weights), f"model {ref}")
     return module
 
@@ -133,16 +136,23 @@ def load_weights(module: nn.Module, path: Path, where: str) -> None:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"not a safetensors file: {error}", where=str(path)) from error
+    put_weights(module, state, str(path), where)
+
+
+def put_weights(module: nn.Module, state: dict[str, Tensor], name: str, where: str) -> None:
+    """Gives a module the tensors of the file ``name``; as :func:`load_weights`."""
     own = module.state_dict()
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or extra:
-        problem = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r} too"
-        raise RecipeError(f"{path} {problem}", where=where, fix="Give the model that these weights belong to.")
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            problem = f"{path}: {name!r} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+        problems = [f"lacks {key!r}" for key in missing[:1]] + [f"has {key!r} too" for key in extra[:1]]
+        fix = "Give the model that these weights belong to."
+        raise RecipeError(f"{name} {' and '.join(problems)}", where=where, fix=fix)
+    for key, tensor in state.items():
+        if tensor.shape != own[key].shape:
+            problem = f"{name}: {key!r} is {tuple(tensor.shape)}, the model's is {tuple(own[key].shape)}"
             raise RecipeError(problem, where=where, fix="Teacher and student must have the data's number of classes.")
-    module.load_state_dict(state)
+    own.update(state)  # into the module's own, which has the versions that some modules ask for
+    module.load_state_dict(own)
 
 
 def make_ema(module: nn.Module, decay: float) -> AveragedModel:

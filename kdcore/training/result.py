@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save
 
 from .. import __version__
+from ..card import Card
 from ..codec import canonical
 from ..losses._extension import build_info
 from ..losses._ops import choose_backend
@@ -51,9 +52,19 @@ def finish(session: Session) -> dict[str, Any]:
         "environment": _environment(session),
     }
     kept = [learner for learner in session.learners.values() if learner.terms or learner.spec.init is None]
-    files = {f"{learner.name}.safetensors": save(_delivered(session, learner)) for learner in kept}
+    files = {f"{learner.name}.safetensors": _file(session, learner) for learner in kept}
     session.store.save_result(session.job.key, {"result.json": canonical(result).encode(), **files})
     return result
+
+
+def _file(session: Session, learner: Learner) -> bytes:
+    """The delivered weights with a card, so that the file can be used alone."""
+    splits, ref = session.splits, learner.spec.model
+    card = Card(
+        model=ref.model, options=dict(ref.options), shape=splits.info.shape, classes=splits.info.classes,
+        mean=splits.mean, std=splits.std, scale=255 if splits.train.images.dtype == torch.uint8 else 1,
+    )  # fmt: skip
+    return save(_delivered(session, learner), card.metadata)
 
 
 def _delivered(session: Session, learner: Learner) -> dict[str, torch.Tensor]:
