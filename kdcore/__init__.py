@@ -14,7 +14,6 @@ NUMERICS = 2
 """Raised when a change to kdcore can change a trained weight; part of the key of every stage."""
 
 _EXPORTS = {
-    "failure": "Failure FailurePolicy Retry",
     "errors": ("KdError RecipeError PluginError StorageError DataError NumericError DeviceError PlanError "
                "PreflightError Interrupted suggest"),
     "hookspecs": "hookimpl HOOKS_VERSION",
@@ -22,6 +21,9 @@ _EXPORTS = {
     "registry": "Registrar",
     "plan": ("Stage Member Term Schedule Spec ModelRef ResultRef OptimizerSpec SourceSpec Set Drop Finish Decision "
              "Result MemberResult Outcome TickView Controller Strategy RunView labels_alone Plan Json"),
+    "failure": "Failure FailurePolicy Retry",
+    "job": "Job",
+    "executor": "Executor perform",
     "deploy.classifier": "Classifier load_model",
     "deploy.export": "Exporter",
     "data": "Dataset Split TrainData DataInfo Batch Random Source SourceContext",
@@ -61,11 +63,14 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .errors import RecipeError as RecipeError
     from .errors import StorageError as StorageError
     from .errors import suggest as suggest
+    from .executor import Executor as Executor
+    from .executor import perform as perform
     from .failure import Failure as Failure
     from .failure import FailurePolicy as FailurePolicy
     from .failure import Retry as Retry
     from .hookspecs import HOOKS_VERSION as HOOKS_VERSION
     from .hookspecs import hookimpl as hookimpl
+    from .job import Job as Job
     from .options import Field as Field
     from .options import Options as Options
     from .outputs import Loss as Loss

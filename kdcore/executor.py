@@ -12,7 +12,7 @@ from .job import Emit, Job
 from .keys import code_of
 from .options import Options
 from .plan import SourceSpec
-from .pool import Pool, in_order
+from .pool import Pool
 from .registry import Catalog
 from .store import Store
 
@@ -21,7 +21,7 @@ class Executor(Protocol):
     """What ``[execute] name`` chooses. Constructed with its options, a :class:`Context` and the number of jobs."""
 
     def execute(self, jobs: Sequence[Job], emit: Emit) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Runs jobs, each after those that it needs, and yields (key, content of result.json) as they end.
+        """Runs jobs, which come after those that they need, and yields (key, content of result.json) as they end.
 
         ``emit`` brings events to the driver, each with the ``key`` and ``name`` of its stage. A run calls this once for
         every list of stages that its strategy yields.
@@ -115,7 +115,7 @@ class LocalExecutor:
         if self.pool is not None:
             yield from self.pool.run(jobs, emit)
             return
-        for job in in_order(jobs):
+        for job in jobs:
             yield job.key, perform(job, self.context, emit)
 
     def close(self) -> None:

@@ -23,18 +23,6 @@ TRIES = 3
 PATIENCE = 60.0  # seconds in which an interrupted stage must have written its checkpoint
 
 
-def in_order(jobs: Sequence[Job]) -> list[Job]:
-    """Jobs in an order in which each comes after what it needs."""
-    todo, done, ordered = list(jobs), set[str](), list[Job]()
-    known = {job.key for job in jobs}
-    while todo:
-        ready = next(job for job in todo if not (set(job.needs) & known) - done)
-        ordered.append(ready)
-        done.add(ready.key)
-        todo.remove(ready)
-    return ordered
-
-
 @dataclass
 class Worker:
     """A process and what it is at."""
@@ -60,7 +48,7 @@ class Pool:
     def run(self, jobs: Sequence[Job], emit: Emit) -> Iterator[tuple[str, dict[str, Any]]]:
         """Runs jobs, each after those that it needs; an error, here or in the caller, ends all workers."""
         self.emit = emit
-        todo = in_order(jobs)
+        todo = list(jobs)
         missing = {job.key for job in jobs}
         try:
             while missing:

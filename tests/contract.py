@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import kdcore
-from kdcore import executor, hookspecs, registry
+from kdcore import hookspecs, registry
 
 RECORD = Path(__file__).parent / "hooks.json"
 ANYWHERE = "positional_or_keyword"
@@ -42,11 +42,7 @@ def contract() -> Contract:
         "HOOKS_VERSION": hookspecs.HOOKS_VERSION,
         "hooks": {name: _signature(value) for name, value in hooks.items()},
         "called": dict(row for name, value in called.items() for row in _callables(name, value)),
-        "implemented": dict(
-            row
-            for name, value in (protocols | {"Executor": executor.Executor}).items()
-            for row in _members(name, value)
-        ),
+        "implemented": dict(row for name, value in protocols.items() for row in _members(name, value)),
         "required": [f"{kind}.{name}" for kind, names in registry.REQUIRED.items() for name in names],
         "names": sorted(public),
         "decisions": sorted(part.__name__ for part in kdcore.Decision.__args__),

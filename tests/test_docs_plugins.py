@@ -22,6 +22,7 @@ from test_readme import blocks
 import kdcore
 from kdcore import hookspecs
 from kdcore.cli.app import build
+from kdcore.deploy.export import export
 from kdcore.plugins import load_plugins
 from kdcore.registry import KINDS
 from kdcore.scaffold import Package, write
@@ -170,13 +171,23 @@ def test_the_references_plugin_offers_every_settled_kind_and_its_recipe_runs(tmp
     host = load_plugins(files=[reference])
     assert not host.broken
     offered = {kind for kind in KINDS for entry in host.catalog.all(kind) if entry.origin.plugin == reference.stem}
-    (listed,) = re.findall(r"^### (`.+`, `.+`)$", REFERENCE, re.M)
-    assert offered == set(KINDS) - set(re.findall(r"\w+", listed))
+    listed = re.findall(r"^### `(\w+)`\n\nListed", REFERENCE, re.M)
+    assert offered == set(KINDS) - set(listed)
     recipe = tomllib.loads(blocks("toml", REFERENCE)[0])
     result = make_run(tmp_path, recipe=recipe, host=host).execute()
     student = result["stages"][-1]["members"]["student"]
     assert "agreement" in student["curve"][-1]
     assert {event["target"] for event in result["stages"][-1]["events"]} == {"data.strength"}
+
+
+def test_the_references_exporter_writes_what_gives_the_same_logits(tmp_path: Path, reference: Path) -> None:
+    host = load_plugins(files=[reference])
+    run = make_run(tmp_path, sets=["train.epochs=1"], host=host)
+    run.execute()
+    module = kdcore.load_model(run.folder / "student.safetensors")
+    entry = host.catalog.find("exporter", "npz")
+    matches = export(module, entry, entry.options_class()(), tmp_path / "student.npz", 4)
+    assert [match.difference for match in matches] == [0, 0]
 
 
 def test_what_the_reference_registers_conforms(reference: Path) -> None:

@@ -29,8 +29,9 @@ def test_the_record_holds_every_hook_every_kind_and_every_protocol() -> None:
     }
     assert set(KINDS) == {name for name in vars(Registrar) if not name.startswith("_")}
     protocols = {name.partition(".")[0] for name in found["implemented"]}
-    assert protocols == {"Controller", "Executor", "Loss", "Source", "Strategy"}
-    assert {f"{kind.title()}.{name}" for kind, names in REQUIRED.items() for name in names} <= set(found["implemented"])
+    assert protocols == {"Controller", "Executor", "Exporter", "FailurePolicy", "Loss", "Source", "Strategy"}
+    required = {(kind.title().replace("_", ""), name) for kind, names in REQUIRED.items() for name in names}
+    assert {f"{protocol}.{name}" for protocol, name in required} <= set(found["implemented"])
 
 
 # ---------------------------------------------------------------- the comparison, on made-up changes
