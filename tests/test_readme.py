@@ -25,7 +25,7 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
 
 
-LOOP, PLUGIN = blocks("python")
+LOOP, SCRIPT, PLUGIN = blocks("python")
 
 
 def commands(text: str) -> list[str]:
@@ -78,6 +78,19 @@ def test_the_losses_work_as_printed():
         LOOP, {"torch": torch, "student": student, "teacher": torch.nn.Linear(4, 3), "images": images, "labels": labels}
     )
     assert student.weight.grad is not None
+
+
+def test_15_lines_distil_a_users_own_modules_on_his_own_data(tmp_path):
+    assert len([line for line in SCRIPT.splitlines() if line.strip()]) == 15
+    (tmp_path / "script.py").write_text(f"{SCRIPT}\nprint(result.accuracy)\n")
+    ends = [
+        subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        for _ in range(2)
+    ]
+    assert [done.returncode for done in ends] == [0, 0], ends[0].stderr + ends[1].stderr
+    first, second = (float(done.stdout.splitlines()[-1]) for done in ends)
+    assert first == second > 0.5
+    assert [done.stdout.count("from the store") for done in ends] == [0, 2]
 
 
 def test_the_exit_codes_are_those_of_the_code():
