@@ -18,6 +18,7 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
+from .alarm import limited, patience
 from .errors import PluginError, RecipeError, suggest
 from .finding import describe, installed, load_file, owner, place_of, reason, roots
 from .origin import Origin, blame_by_traceback
@@ -114,14 +115,14 @@ def load_plugins(block: Iterable[str] = (), files: Iterable[str | Path] = (), st
     manager = pluggy.PluginManager("kdcore")
     manager.add_hookspecs(hookspecs)
     host = PluginHost(manager, Catalog(), strict=strict)
-    blocked = set(block)
+    blocked, seconds = set(block), patience()
     _register(host, Origin(CORE), builtin)
     for name, points in sorted(installed(host.broken).items()):
         if not host.leaves_out(name, blocked):
-            _attempt(host, Origin(name, *_distribution(points)), partial(_load_entry_point, points))
+            _attempt(host, Origin(name, *_distribution(points)), partial(_load_entry_point, points), seconds)
     for file in dict.fromkeys(Path(file).resolve() for file in files):
         if not host.leaves_out(file.stem, blocked):
-            _attempt(host, Origin(file.stem), partial(load_file, file), str(file))
+            _attempt(host, Origin(file.stem), partial(load_file, file), seconds, str(file))
     host.catalog.broken, host.catalog.left_out = host.broken, host.left_out
     return host
 
@@ -130,11 +131,11 @@ def _distribution(points: list[EntryPoint]) -> tuple[str, str]:
     return owner(points[0]) if len(points) == 1 else ("", "")
 
 
-def _attempt(host: PluginHost, origin: Origin, load: Callable[[], ModuleType], place: str = "") -> None:
-    """Loads one plugin; whatever it raises, even SystemExit, only breaks that plugin."""
+def _attempt(host: PluginHost, origin: Origin, load: Callable[[], ModuleType], seconds: float, place: str = "") -> None:
+    """Loads one plugin; whatever it raises, even SystemExit, or a hang, only breaks that plugin."""
     name, module = origin.plugin, None
     try:
-        with redirect_stdout(sys.stderr):  # what a plugin prints is no part of a command's output
+        with redirect_stdout(sys.stderr), limited(seconds):  # what a plugin prints is no part of a command's output
             if name in host.origins:
                 raise PluginError(f"its name is taken by {host.origins[name]}", fix="Rename one of them.")
             module = load()

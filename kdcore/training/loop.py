@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..codec import decode
-from ..data import Splits
+from ..data import Batch, Splits
 from ..errors import DeviceError, Interrupted, PlanError, PluginError, suggest
 from ..job import Emit, Job
 from ..plan import Decision, Drop, Finish, Json, Set, TickView
@@ -140,6 +140,9 @@ class Clock:
 def _step(session: Session) -> None:
     session.context.begin(session.step)
     batch = session.source.batch(session.step)
+    if not isinstance(batch, Batch):
+        where = f"source {session.stage.data.source.name!r}"
+        raise PluginError(f"gave {type(batch).__name__}", where=where, fix="It must give a kdcore.Batch.")
     session.step_kind(session.context, batch)
     session.step += 1
 
