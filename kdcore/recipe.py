@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,6 +13,7 @@ from .errors import RecipeError
 from .options import Field, Options, Plain, validate
 from .overrides import override, read
 from .plan import Json, ModelRef, OptimizerSpec, RunView, Schedule, SourceSpec, Spec, Stage, Term
+from .reading import safetensors_header
 from .registry import Catalog, Entry
 
 
@@ -228,9 +228,7 @@ def _objective(tables: Sequence[ObjectiveTable], catalog: Catalog) -> tuple[Term
 def _is_safetensors(path: Path) -> bool:
     """True if the file's header says so; the tensors are read later."""
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            return size < path.stat().st_size and isinstance(json.loads(file.read(size)), dict)
+        return bool(safetensors_header(path))
     except (OSError, ValueError):
         return False
 

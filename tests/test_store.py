@@ -211,11 +211,11 @@ def test_a_newer_format_says_so_and_stays(store):
 def test_what_cannot_be_read_now_is_not_taken_for_damaged(store, monkeypatch):
     store.save_result(KEY, RESULT)
 
-    def refuse(self: Path) -> bytes:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(self))
+    def refuse(path, *arguments):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", refuse)
+        patch.setattr(os, "open", refuse)
         with pytest.raises(StorageError, match="Too many open files"):
             store.result(KEY)
     assert store.result(KEY) == {"key": "a"}

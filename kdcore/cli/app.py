@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from ..errors import EXIT_CODES, PluginError, RecipeError, suggest
+from ..errors import EXIT_CODES, PluginError, RecipeError, StorageError, suggest
 from ..plugins import CORE, PluginHost, load_plugins
+from ..reading import read_table
 from .extra import add_commands
 
 RUNS = Path("runs")
@@ -94,20 +94,23 @@ def resume(
     strict_plugins: StrictPlugins = False,
 ) -> None:
     """Go on with a run from its folder."""
-    from .drive import drive
+    from .drive import Saved, drive
 
-    saved = _read_json(folder / "run.json", "Give the folder of a run, e.g. runs/digits-1a2b3c4d.")
-    if not {"recipe", "plugin_files", "blocked", "store", "cwd", "threads", "jobs"} <= set(saved):
-        raise RecipeError("no run of kdcore", where=str(folder / "run.json"), fix="Run the recipe again.")
-    files, blocked = saved["plugin_files"], [*saved["blocked"], *_blocked(block)]
+    data = _read_json(folder / "run.json", "Give the folder of a run, e.g. runs/digits-1a2b3c4d.")
+    try:
+        saved = Saved.model_validate(data)
+    except ValueError:
+        where = str(folder / "run.json")
+        raise RecipeError("no run of kdcore", where=where, fix="Run the recipe again.") from None
+    files, blocked = saved.plugin_files, [*saved.blocked, *_blocked(block)]
     folder = folder.resolve()
-    if Path(saved["cwd"]).is_dir():
-        os.chdir(saved["cwd"])  # what the recipe's paths are relative to
+    if saved.cwd.is_dir():
+        os.chdir(saved.cwd)  # what the recipe's paths are relative to
     host = _host(blocked, files, strict_plugins)
     with host.blaming():
         drive(
-            saved["recipe"], [], host, jobs or saved["jobs"], folder.parent, Path(saved["store"]), files, blocked,
-            strict, allow_plugin_change, folder, saved["threads"],
+            saved.recipe, [], host, jobs or saved.jobs, folder.parent, saved.store, files, blocked,
+            strict, allow_plugin_change, folder, saved.threads,
         )  # fmt: skip
 
 
@@ -149,7 +152,11 @@ def report(
     from ..report import write
 
     result = _read_json(folder / "result.json", "The run is not finished: kdcore resume it first.")
-    write(result, folder / "report.html")
+    try:
+        write(result, folder / "report.html")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        fix = "kdcore resume the run: it writes it again."
+        raise StorageError(f"no result of kdcore: {error!r}", where=str(folder / "result.json"), fix=fix) from error
     typer.echo(str(folder / "report.html"))
 
 
@@ -222,10 +229,10 @@ def _blocked(block: list[str] | None) -> list[str]:
 
 def _read_json(path: Path, fix: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_bytes()))
+        return read_table(path)
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError("no such file", where=str(path), fix=fix) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"cannot be read: {error}", where=str(path), fix=fix) from None
 
 

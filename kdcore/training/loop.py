@@ -15,6 +15,7 @@ from ..job import Emit, Job
 from ..plan import Decision, Drop, Finish, Json, Set, TickView
 from ..registry import Catalog
 from ..store import Store
+from ..stored import check_stored
 from . import device, evaluate, state
 from .member import Learner, classifies, host_state
 from .preflight import preflight
@@ -65,7 +66,7 @@ def _needed(store: Store, key: str) -> dict[str, Any]:
     found = store.result(key)
     if found is None:
         raise PlanError(f"the result {key[:12]} that it needs is not in the store", where="job")
-    return found
+    return check_stored(found, key)
 
 
 def _train(session: Session, inputs: Mapping[str, Any], stopped: Callable[[], int]) -> None:
@@ -93,6 +94,7 @@ def _begin(session: Session, inputs: Mapping[str, Any]) -> None:
     if folder is not None:
         state.unpack(session, folder)
     else:
+        state.check_finite(session, session.learners.values())  # given weights may be anybody's
         session.warnings = preflight(session, inputs)
     for text in session.warnings:
         session.emit({"kind": "warning", "text": text, "preflight": True})
@@ -158,7 +160,7 @@ def _tick(session: Session, clock: Clock) -> None:
     rates = {learner.name: _rate(session, learner) for learner in session.trained}
     _log(session, clock)
     means = session.meters.take()
-    state.check_finite(session)
+    state.check_finite(session, session.taught)
     session.tick += 1
     for learner in session.trained:
         learner.still = None

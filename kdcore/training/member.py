@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -18,8 +18,11 @@ from ..errors import PlanError, RecipeError, StorageError
 from ..options import Options
 from ..origin import blame
 from ..plan import Member, ModelRef, Term
+from ..reading import safetensors_header
 from ..registry import Catalog
 from ..seeds import derive
+
+Sizes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 @dataclass
@@ -129,20 +132,27 @@ def load_weights(module: nn.Module, path: Path, where: str) -> None:
         StorageError: the file is not safetensors.
         RecipeError: it belongs to another architecture or another number of classes.
     """
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
+        safetensors_header(path)
+        with safe_open(path, framework="pt") as file:
+            _check_fit({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, own, path, where)  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in own}
+    except (OSError, ValueError, SafetensorError) as error:
         raise StorageError(f"not a safetensors file: {error}", where=str(path)) from error
-    own = module.state_dict()
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    module.load_state_dict(state)
+
+
+def _check_fit(found: Sizes, own: Sizes, path: Path, where: str) -> None:
+    """Compares names and shapes before a tensor is read: a header may promise any size."""
+    missing, extra = sorted(set(own) - set(found)), sorted(set(found) - set(own))
     if missing or extra:
         problem = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r} too"
         raise RecipeError(f"{path} {problem}", where=where, fix="Give the model that these weights belong to.")
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            problem = f"{path}: {name!r} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+    for name, shape in found.items():
+        if shape != own[name]:
+            problem = f"{path}: {name!r} is {shape}, the model's is {own[name]}"
             raise RecipeError(problem, where=where, fix="Teacher and student must have the data's number of classes.")
-    module.load_state_dict(state)
 
 
 def make_ema(module: nn.Module, decay: float) -> AveragedModel:
