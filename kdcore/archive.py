@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import tarfile
@@ -13,6 +12,7 @@ from .codec import canonical
 from .errors import StorageError
 from .files import rename, storage_error, storing, sync
 from .folders import FORMAT, verify
+from .reading import MOST, open_plain, parse_json
 
 INDEX = "INDEX.json"  # comes first; a tar that is cut between two results is told by it, not by tarfile
 _MEMBER = re.compile(r"([0-9a-f]{64})(/[^/\\]+)?")
@@ -52,8 +52,9 @@ def extract(source: Path, target: Path) -> list[str]:
         StorageError: it is cut or damaged, or holds anything that pack does not write: links, devices, other paths.
     """
     try:
-        with tarfile.open(source, "r:") as tar:
+        with open_plain(source) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             keys, members = _read_index(tar)
+            _check_sizes(members, os.fstat(file.fileno()).st_size)
             tar.extractall(target, members=members, filter="data")
         for key in keys:
             verify(target / key)
@@ -67,17 +68,27 @@ def extract(source: Path, target: Path) -> list[str]:
 
 
 def _read_index(tar: tarfile.TarFile) -> tuple[list[str], list[tarfile.TarInfo]]:
-    members = tar.getmembers()
+    try:
+        members = tar.getmembers()
+    except OSError as error:  # it points beyond what any file can hold
+        raise ValueError(str(error)) from error
     file = tar.extractfile(members[0]) if members and members[0].name == INDEX else None
     if file is None:
         raise ValueError(f"it does not begin with {INDEX}")
-    index = json.loads(file.read())
+    index = parse_json(file.read(MOST))
     if index["format"] != FORMAT:
         raise ValueError(f"format {index['format']}, this kdcore reads {FORMAT}")
     found = {_key(member) for member in members[1:]}
     if found != set(index["keys"]):
         raise ValueError(f"it should hold {len(index['keys'])} results and holds {len(found)}")
     return sorted(found), members[1:]
+
+
+def _check_sizes(members: list[tarfile.TarInfo], size: int) -> None:
+    """Before a byte is written: a header may promise more than there is, or holes that fill a disk."""
+    for member in members:
+        if member.issparse() or member.offset_data + member.size > size:
+            raise ValueError(f"{member.name!r} claims {member.size:,} bytes that are not there")
 
 
 def _key(member: tarfile.TarInfo) -> str:

@@ -6,7 +6,6 @@ card names a registered model and its options, nothing else.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,12 +14,12 @@ from pydantic import model_validator
 from .codec import canonical
 from .errors import RecipeError, StorageError
 from .options import Field, Options, validate
+from .reading import parse_json, safetensors_header
 
 if TYPE_CHECKING:
     from .data import DataInfo
 
 KEY = "kdcore"
-LARGEST_HEADER = 2**24  # bytes; a tensor takes about 100
 LARGEST_SIDE = 2**16
 
 
@@ -75,16 +74,10 @@ def read_header(path: Path) -> dict[str, Any]:
         StorageError: there is no such file, or it is not safetensors.
     """
     try:
-        if not path.is_file():  # a pipe would make us wait
-            raise ValueError("there is no such file")
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if not 2 <= size <= min(LARGEST_HEADER, path.stat().st_size - 8):
-                raise ValueError("it does not begin with a header")
-            header = json.loads(file.read(size))
-        if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
-            raise ValueError("its header is no table")
-    except (OSError, ValueError, RecursionError) as error:
+        header = safetensors_header(path)
+        if not isinstance(header.get("__metadata__", {}), dict):
+            raise ValueError("its metadata are no table")
+    except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         fix = "Write the path of a .safetensors file; `kdcore convert` makes one of a .pth."
         raise StorageError(f"{str(path)!r} is no safetensors file: {reason}", fix=fix) from error
@@ -101,9 +94,9 @@ def find_card(path: Path) -> Card | None:
     if text is None:
         return None
     try:
-        data = json.loads(text)
+        data = parse_json(text.encode())
         return validate(Card, data if isinstance(data, dict) else {})
-    except (RecipeError, TypeError, ValueError, RecursionError) as error:
+    except (RecipeError, AttributeError, ValueError) as error:
         fix = "Use the kdcore that wrote it, or update."
         raise StorageError(f"the card in its metadata cannot be read: {error}", where=str(path), fix=fix) from error
 

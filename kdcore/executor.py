@@ -15,6 +15,7 @@ from .plan import SourceSpec
 from .pool import Pool
 from .registry import Catalog
 from .store import Store
+from .stored import check_stored
 
 
 class Executor(Protocol):
@@ -85,7 +86,7 @@ def perform(job: Job, context: Context, emit: Emit) -> dict[str, Any]:
     with store.lease(job.key, check):
         found = store.result(job.key)
         if found is not None:
-            return {**found, "reused": True}
+            return {**check_stored(found, job.key), "reused": True}
         _check_code(job, context.catalog)
         return run_stage(job, context.catalog, context.load, store, send, context.stopped)
 

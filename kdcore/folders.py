@@ -15,11 +15,13 @@ from . import __version__, files
 from .codec import canonical
 from .errors import StorageError
 from .plan import Json
+from .reading import open_plain, parse_json, read_plain
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 _KEYS = {"format", "kdcore", "files", "sha256"}
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
+_DAMAGE |= {errno.EINVAL, errno.EFBIG, errno.ENXIO}  # no ordinary file: see reading.py
 
 
 class DamagedError(StorageError):
@@ -79,20 +81,26 @@ def verify(folder: Path) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    data = (folder / MANIFEST).read_bytes()
+    data = read_plain(folder / MANIFEST)
     try:
-        manifest = json.loads(data)
+        manifest = parse_json(data)
         seal = manifest["sha256"]
         good = seal == _seal({key: value for key, value in manifest.items() if key != "sha256"})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"unreadable manifest: {error}", where=str(folder)) from error
     if good and manifest.get("format") != FORMAT:
         fix = "Use the kdcore that wrote it, or update."
         text = f"a folder of format {manifest.get('format')}, this kdcore reads {FORMAT}"
         raise FormatError(text, where=str(folder), fix=fix)
-    if not good or set(manifest) != _KEYS:
+    if not good or set(manifest) != _KEYS or not _lists_files(manifest["files"]):
         raise DamagedError("the manifest is not what was written", where=str(folder))
     return dict(manifest)
+
+
+def _lists_files(entries: Any) -> bool:
+    return isinstance(entries, dict) and all(
+        isinstance(e, dict) and {"size", "sha256"} <= set(e) for e in entries.values()
+    )
 
 
 def _compare(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -101,6 +109,7 @@ def _compare(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
         missing, extra = sorted(set(entries) - found), sorted(found - set(entries))
         raise DamagedError(f"missing files: {missing or 'none'}, unknown files: {extra or 'none'}", where=str(folder))
     for name, entry in entries.items():
-        with open(folder / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+        with open_plain(folder / name) as file:
+            size = os.fstat(file.fileno()).st_size  # first: a file may be made endlessly long for nothing
+            if size != entry["size"] or hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                 raise DamagedError("the content is not what was written", where=str(folder / name))

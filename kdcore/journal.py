@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from .errors import StorageError
 from .files import make_folder, storing, sync
 from .locks import lock, lock_file
 from .plan import Json
+from .reading import parse_json, read_plain
 
 FIX = "Move the run's folder away and run again: finished stages are in the store."
 
@@ -33,7 +33,7 @@ class Journal:
         self.records: list[dict[str, Any]] = []
         self._end = 0  # bytes of whole lines that were read or written
         with storing(path), suppress(FileNotFoundError):
-            self._take(path.read_bytes())
+            self._take(read_plain(path))
 
     def append(self, record: dict[str, Json]) -> None:
         """Adds a record; on return it is durable.
@@ -98,4 +98,18 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     checksum, _, text = line.partition(b" ")
     if checksum != f"{zlib.crc32(text):08x}".encode():
         raise StorageError(f"line {number} is damaged", where=str(path), fix=FIX)
-    return dict(json.loads(text))
+    try:
+        return _checked(parse_json(text))
+    except (ValueError, TypeError) as error:  # the checksum is no seal: anybody can write one
+        raise StorageError(f"line {number} is no record: {error}", where=str(path), fix=FIX) from error
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """What every reader of a record relies on."""
+    kind = record.get("kind") if isinstance(record, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError("it has no kind")
+    texts = [record.get("key", ""), *record.get("keys", ()), *record.get("names", ())]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a key or a name is not text")
+    return dict(record)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .codec import digest, encode
+from .files import storing
 from .folders import FORMAT
 from .job import Job, Settings
 from .plan import BASE_METRICS, Json, Schedule, SourceSpec, Stage
+from .reading import open_plain
 from .registry import Catalog
 
 
@@ -117,13 +119,14 @@ def _source_fingerprint(stage: Stage, catalog: Catalog) -> Json:
 
 def file_digest(path: str) -> str:
     """sha256 of a file's content; read again only if the file was touched."""
-    about = Path(path).stat()
-    return _file_digest(path, about.st_mtime_ns, about.st_size)
+    with storing(Path(path)):
+        about = Path(path).stat()
+        return _file_digest(path, about.st_mtime_ns, about.st_size)
 
 
 @lru_cache(maxsize=64)
 def _file_digest(path: str, changed: int, size: int) -> str:
-    with Path(path).open("rb") as file:
+    with open_plain(Path(path)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -45,7 +45,7 @@ def lock(handle: int) -> None:
 def if_free(path: Path) -> Iterator[bool]:
     """True, and the lock is held in the block, if nobody holds it; makes no file."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         yield True
         return

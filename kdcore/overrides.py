@@ -9,12 +9,15 @@ from typing import Any
 
 from .errors import RecipeError
 from .options import shown
+from .reading import read_plain
+
+MOST_RECIPE = 1 << 24  # bytes
 
 
 def read(path: Path) -> dict[str, Any]:
     """The content of a TOML file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(read_plain(path, MOST_RECIPE).decode("utf-8-sig"))
     except FileNotFoundError:
         raise RecipeError("no such file", where=str(path), fix="Give the path of a .toml recipe.") from None
     except OSError as error:

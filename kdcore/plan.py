@@ -191,8 +191,8 @@ def check_stage(stage: Stage) -> None:
         labels = [term.label for term in member.terms]
         if len(set(labels)) < len(labels):
             raise PlanError(f"terms {labels}", where=f"{where}, member {name!r}", fix="Give each term its own name.")
-        if any("." in text for text in (name, *labels)) or name == "data":
-            raise PlanError("names hold no dot, and data is taken", where=f"{where}, member {name!r}")
+        if any(set(text) & set("./\\\0") for text in (name, *labels)) or name == "data":  # names become file names
+            raise PlanError("names hold no dot and no slash, and data is taken", where=f"{where}, member {name!r}")
         if member.terms and member.optimizer is None:
             raise PlanError("has terms but no optimizer", where=f"{where}, member {name!r}")
         for term in member.terms:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +11,7 @@ from typing import Any
 from .files import storing
 from .journal import Journal
 from .plan import Json
+from .reading import read_table
 from .record import METRICS, read
 from .store import Store
 
@@ -58,7 +58,7 @@ class Progress:
 def is_finished(folder: Path) -> bool:
     """True if result.json is of the last process that began, or went on with, the run."""
     try:
-        finished = str(json.loads((folder / "result.json").read_bytes())["run"]["finished"])
+        finished = str(read_table(folder / "result.json")["run"]["finished"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
     begun = [line["time"] for line in read(folder) if line["kind"] == "run"]
@@ -82,7 +82,7 @@ def look(folder: Path, results: dict[str, dict[str, Any]]) -> Progress:
         StorageError: the journal or run.json cannot be read.
     """
     with storing(folder / "run.json"):
-        saved = json.loads((folder / "run.json").read_bytes())
+        saved = read_table(folder / "run.json")
     journal, lines = Journal(folder / "journal.jsonl"), read(folder)
     store = Store(Path(saved["cwd"]) / saved["store"])
     ended = {record["key"]: record for record in journal.of("result")}

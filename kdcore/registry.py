@@ -74,6 +74,17 @@ class Entry:
             )
         return found
 
+    def expect(self, value: Any, wanted: Any, what: str) -> None:
+        """Refuses a value that it gave if that is no ``wanted``: in words, ``what``.
+
+        Raises:
+            PluginError: names the plugin and what was given.
+        """
+        if not isinstance(value, wanted):
+            given = "nothing" if value is None else f"a {type(value).__name__}"
+            thing = f"{_noun(self.kind)} {self.full_name!r}"
+            raise PluginError(f"{thing} gave {given}", where=f"plugin {self.origin}", fix=f"It must give {what}.")
+
     def check(self, options: Mapping[str, Any], where: str, also: Iterable[str] = ()) -> dict[str, Any]:
         """Validated options with their defaults, as JSON. ``also`` are further keys that a typo may have meant."""
         model = self.options_class()

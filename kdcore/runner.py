@@ -16,18 +16,21 @@ from typing import Any, Protocol
 from . import NUMERICS, __version__
 from .card import check_images
 from .codec import canonical, digest, encode
-from .errors import PlanError, PluginError, PreflightError
+from .errors import PlanError, PluginError, PreflightError, StorageError
 from .executor import Context, DataCache, Executor
 from .files import replace_file
 from .job import Event, Settings
-from .journal import Journal
+from .journal import FIX, Journal
 from .keys import Keys, in_order
 from .plan import Json, MemberResult, Outcome, Result, RunView, Spec, Stage
 from .plugins import PluginHost
 from .recipe import Recipe, compile_recipe
 from .record import Record
 from .store import Store
+from .stored import check_stored
 from .summary import summarise
+
+REPLAYED = {"run": {"plugins", "code"}, "ask": {"number", "names", "plan", "keys"}, "result": {"key", "curves"}}
 
 
 class Console(Protocol):
@@ -77,7 +80,7 @@ class Run:
     def execute(self) -> dict[str, Any]:
         """Runs the strategy to its outcome; returns the content of result.json."""
         started = time.perf_counter()
-        self.journal = Journal(self.folder / "journal.jsonl")
+        self.journal = _open_journal(self.folder / "journal.jsonl")
         self._check_given()
         self._record_run()
         self.record.begin()
@@ -145,7 +148,8 @@ class Run:
             if stored is None:
                 missing.append(stage)
             else:
-                self._accept(self.keys.of(stage), {**stored, "reused": True})
+                key = self.keys.of(stage)
+                self._accept(key, {**check_stored(stored, key), "reused": True})
         if missing:
             jobs = [self.keys.job(stage) for stage in missing]
             with closing(self.executor.execute(jobs, self.handle)) as finished:  # type: ignore[type-var]
@@ -277,6 +281,15 @@ class Run:
         replace_file(self.folder / "student.safetensors", weights)
         replace_file(self.folder / "result.json", pretty(result))
         write(result, self.folder / "report.html")
+
+
+def _open_journal(path: Path) -> Journal:
+    """The journal of a run, with the fields that a replay reads."""
+    journal = Journal(path)
+    for record in journal.records:
+        if missing := REPLAYED.get(record["kind"], set()) - record.keys():
+            raise StorageError(f"a record {record['kind']!r} without {min(missing)!r}", where=str(path), fix=FIX)
+    return journal
 
 
 def pretty(data: Json) -> bytes:

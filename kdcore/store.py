@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -30,8 +29,10 @@ from .errors import StorageError
 from .files import make_folder, remove_folder, rename, replace_file, storing, sync
 from .folders import DamagedError, FormatError, commit, verify
 from .locks import if_free, lock_file, try_lock
+from .reading import read_plain, read_table, safetensors_header
 
 KEPT_CHECKPOINTS = 2
+LONGEST_PATH = 1 << 16
 UNPACK = "unpack"
 _KEY = re.compile(r"[0-9a-f]{64}")
 _RUBBISH = (".tmp-", "damaged-")
@@ -57,13 +58,20 @@ class Store:
         if not (folder.is_dir() and self._sound(folder)):
             return None
         with storing(folder):
-            return dict(json.loads((folder / "result.json").read_bytes()))
+            try:
+                return read_table(folder / "result.json")
+            except ValueError as error:  # whoever sealed it, it was not kdcore
+                fix = "Remove the folder: the stage is trained again."
+                raise StorageError(f"no result: {error}", where=str(folder), fix=fix) from error
 
     def weights(self, key: str, member: str) -> Path:
         """The safetensors file of a member of a result that :meth:`result` verified."""
         path = self.root / "results" / key / f"{member}.safetensors"
-        if not path.is_file():
-            raise StorageError(f"no weights of {member!r}", where=str(path.parent), fix="Run the stage again.")
+        try:
+            safetensors_header(path)
+        except (OSError, ValueError) as error:
+            text = f"no weights of {member!r}: {error}"
+            raise StorageError(text, where=str(path.parent), fix="Remove it and run the stage again.") from error
         return path
 
     def save_result(self, key: str, files: Mapping[str, bytes]) -> None:
@@ -79,13 +87,15 @@ class Store:
 
     def register(self, run: Path) -> None:
         """Notes a run that uses this store, so that ``gc`` keeps what its journal names, wherever the run lies."""
-        path = str(run.resolve())
-        replace_file(self.root / "runs" / hashlib.sha256(path.encode()).hexdigest()[:16], path.encode())
+        path = os.fsencode(run.resolve())
+        replace_file(self.root / "runs" / hashlib.sha256(path).hexdigest()[:16], path)
 
     def runs(self) -> list[Path]:
         """Folders of all runs that use this store and still exist."""
         notes = (self.root / "runs").glob("[0-9a-f]*")
-        return sorted(path for note in notes if (path := Path(note.read_text())).is_dir())
+        with storing(self.root / "runs"):
+            found = [Path(os.fsdecode(read_plain(note, LONGEST_PATH))) for note in notes]
+        return sorted(path for path in found if path.is_dir())
 
     def stored(self) -> list[str]:
         """Keys of all results, sorted."""

@@ -57,8 +57,9 @@ def make_run(
 
 
 def weights(root: Path, member: str = "student") -> list[str]:
-    """Hashes of a member's weights in every stored result."""
-    return sorted(file_hash(path) for path in root.glob(f"store/results/[0-9a-f]*/{member}.safetensors"))
+    """Hashes of a member's weights in every stored result; what was set aside has a longer name."""
+    found = root.glob(f"store/results/*/{member}.safetensors")
+    return sorted(file_hash(path) for path in found if len(path.parent.name) == 64)
 
 
 def file_hash(path: Path) -> str:

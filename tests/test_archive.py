@@ -9,13 +9,13 @@ import random
 import tarfile
 
 import pytest
-from faults import damage, failing
 
 from kdcore.archive import INDEX
 from kdcore.codec import canonical
 from kdcore.errors import StorageError
 from kdcore.folders import verify
 from kdcore.store import Store
+from kdcore.testing.faults import damage, failing_disk
 
 KEY, OTHER, THIRD = "a" * 64, "b" * 64, "c" * 64
 FILES = {"result.json": b'{"key": "a"}', "student.safetensors": bytes(range(256)) * 8}
@@ -148,11 +148,11 @@ def test_a_damaged_result_is_not_packed(store, packed, tmp_path):
 
 
 def test_a_full_disk_while_unpacking_leaves_nothing_half(packed, tmp_path):
-    with failing() as disk:
+    with failing_disk() as disk:
         Store(tmp_path / "probe").unpack(packed)
     for number in range(1, disk.count + 1):
         other = Store(tmp_path / str(number))
-        with failing(number, 99), pytest.raises(StorageError):
+        with failing_disk(number, 99), pytest.raises(StorageError):
             other.unpack(packed)
         for path in other.root.glob("results/*"):
             verify(path)
@@ -161,5 +161,5 @@ def test_a_full_disk_while_unpacking_leaves_nothing_half(packed, tmp_path):
 
 
 def test_a_store_that_cannot_be_written_refuses_a_pack(packed, tmp_path):
-    with failing(1, 99, errno.EROFS), pytest.raises(StorageError, match="Read-only"):
+    with failing_disk(1, 99, errno.EROFS), pytest.raises(StorageError, match="Read-only"):
         Store(tmp_path / "other").unpack(packed)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import failing
 from safetensors.torch import load_file, save
 from small import PROOFS, RECIPE, make_run
 
@@ -18,6 +17,7 @@ from kdcore.deploy import exporters
 from kdcore.deploy.export import Match, export
 from kdcore.errors import NumericError, PluginError, RecipeError, StorageError
 from kdcore.plugins import load_plugins
+from kdcore.testing.faults import failing_disk
 
 HOST = load_plugins()
 ONNX = all(importlib.util.find_spec(name) for name in exporters.NEEDED)
@@ -250,7 +250,7 @@ def test_a_plugins_exporter_is_a_format_with_options(run, plugin_file, cli, tmp_
 
 def test_a_full_disk_leaves_no_export(model, tmp_path):
     for first in (1, 2, 3):  # fsync of the file twice, rename
-        with failing(first=first, length=10**6), pytest.raises(StorageError, match="No space left"):
+        with failing_disk(first=first, length=10**6), pytest.raises(StorageError, match="No space left"):
             exported(model, "safetensors", tmp_path / "a.safetensors")
         assert list(tmp_path.iterdir()) == []
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from faults import failing, stored_weights
+from small import weights
 
 from kdcore.cli import main
 from kdcore.journal import Journal
+from kdcore.testing.faults import failing_disk
 
 PLUGIN = Path(__file__).parent / "pair_plugin.py"
 RECIPE = """
@@ -147,7 +148,7 @@ def test_the_same_command_goes_on_from_there_to_the_same_weights(stopped, whole,
     assert kdcore(capsys, tmp_path)[0] == 0
     starts = {record["key"]: record["step"] for record in journal(tmp_path).of("start")}
     assert before.items() <= starts.items()
-    assert stored_weights(tmp_path) == stored_weights(whole)
+    assert weights(tmp_path) == weights(whole)
 
 
 def test_a_second_signal_exits_at_once(tmp_path):
@@ -182,7 +183,7 @@ def test_gc_keeps_the_checkpoints_of_a_stopped_run_and_removes_what_no_journal_n
 
 
 def check_full_disk(capsys, root: Path, number: int) -> None:
-    with failing(number, 1000):
+    with failing_disk(number, 1000):
         code, _, err = kdcore(capsys, root)
     assert code == 4, (number, err)
     assert "No space left on device" in err
@@ -195,8 +196,8 @@ def test_a_full_disk_ends_a_run_with_exit_code_4_and_it_goes_on_after(stopped, w
     for number in (1, 9, 30, 60):
         check_full_disk(capsys, tmp_path, number)
     assert kdcore(capsys, tmp_path)[0] == 0
-    assert stored_weights(tmp_path) == stored_weights(whole)
-    with failing() as disk:
+    assert weights(tmp_path) == weights(whole)
+    with failing_disk() as disk:
         assert kdcore(capsys, tmp_path)[0] == 0
     assert disk.count >= 12
     for number in range(1, disk.count + 1):
@@ -205,7 +206,7 @@ def test_a_full_disk_ends_a_run_with_exit_code_4_and_it_goes_on_after(stopped, w
 
 
 def test_a_read_only_run_folder_is_a_storage_error(tmp_path, capsys):
-    with failing(1, 1000, errno.EROFS):
+    with failing_disk(1, 1000, errno.EROFS):
         code, _, err = kdcore(capsys, tmp_path)
     assert code == 4
     assert "kdcore: StorageError: " in err

@@ -7,12 +7,12 @@ import os
 import random
 
 import pytest
-from faults import failing
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcore.errors import StorageError
 from kdcore.journal import Journal, _line
+from kdcore.testing.faults import failing_disk
 
 RECORDS = [{"kind": "ask", "number": n, "keys": [f"{n:064x}"], "names": ["é"]} for n in range(3)]
 
@@ -35,7 +35,7 @@ def test_a_journal_gives_back_its_records(path):
 
 
 def test_opening_changes_nothing(path, monkeypatch):
-    with failing(1, 99, errno.EROFS):
+    with failing_disk(1, 99, errno.EROFS):
         assert Journal(path).records == []
     written(path)
     with path.open("ab") as file:
@@ -88,7 +88,10 @@ def test_damage_in_the_middle_says_what_to_do(path):
 def test_a_full_disk_leaves_the_journal_as_it_was(path):
     journal = written(path)
     for number in (1, 2):  # the write, its fsync
-        with failing(number), pytest.raises(StorageError, match=r"No space left on device \(\d+ bytes needed\)") as e:
+        with (
+            failing_disk(number),
+            pytest.raises(StorageError, match=r"No space left on device \(\d+ bytes needed\)") as e,
+        ):
             journal.append({"kind": "result"})
         assert e.value.where == str(path)
         assert journal.records == Journal(path).records == RECORDS
@@ -97,7 +100,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(path):
 
 
 def test_a_folder_that_cannot_be_written_is_a_storage_error(path):
-    with failing(1, 99, errno.EROFS), pytest.raises(StorageError, match="Read-only file system"):
+    with failing_disk(1, 99, errno.EROFS), pytest.raises(StorageError, match="Read-only file system"):
         Journal(path).append({"kind": "run"})
 
 

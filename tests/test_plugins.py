@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,11 +74,27 @@ BROKEN = {
         "it needs kdcore hooks 99, this is 1. Upgrade kdcore",
         0,
     ),
+    "hang at import": (
+        "import time\ntry:\n    time.sleep(99)\nexcept Exception:\n    pass",
+        "HangError: not loaded after 0.5 s; KDCORE_PLUGIN_SECONDS sets another limit",
+        3,
+    ),
+    "hang in kdcore_register": (
+        "import kdcore\n@kdcore.hookimpl\ndef kdcore_register(registry):\n    while True: pass",
+        "HangError: not loaded after 0.5 s",
+        4,
+    ),
     "odd hooks version": ("KDCORE_HOOKS = '1'", "KDCORE_HOOKS is '1'. Write KDCORE_HOOKS = 1", 0),
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------- broken plugins
+
+
+@pytest.fixture(autouse=True)
+def impatient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "hang" in request.node.name:
+        monkeypatch.setenv("KDCORE_PLUGIN_SECONDS", "0.5")
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -164,6 +183,45 @@ def test_prints_at_import_go_to_stderr(install: Callable[..., Path], capsys: pyt
     install("acme", "print('hello')\n" + GOOD)
     assert "acme" in load_plugins().origins
     assert capsys.readouterr() == ("", "hello\n")
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_plugin_that_hangs_is_left_behind_by_drivers_and_workers_and_other_recipes_pass(
+    jobs: int, install: Callable[..., Path], cli: Callable[..., Done], tiny: Callable[..., Path]
+) -> None:
+    install("acme", "import time; time.sleep(999)")
+    before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    assert cli("run", tiny(), "--jobs", jobs).code == 0
+    done = cli("run", tiny(), "--set", "student.model=acme/net")
+    assert done.code == 3
+    assert "needs a broken plugin: acme (acme-dist 1.0): HangError: not loaded after 0.5 s" in done.err
+    assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[1]) == (before[0], before[1][1])
+
+
+def test_a_timer_of_the_caller_rings_though_a_plugin_was_loaded_meanwhile(install: Callable[..., Path]) -> None:
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        install("acme", "import time; time.sleep(0.4)\n" + GOOD)
+        assert "acme" in load_plugins().origins
+        time.sleep(0.05)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert rung == [1]
+
+
+def test_in_another_thread_there_is_no_limit_and_no_error(install: Callable[..., Path]) -> None:
+    install("acme", GOOD)
+    with ThreadPoolExecutor() as pool:
+        assert "acme" in pool.submit(load_plugins).result().origins
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
+def test_an_odd_limit_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDCORE_PLUGIN_SECONDS", text)
+    with pytest.raises(RecipeError, match=f"KDCORE_PLUGIN_SECONDS: '{text}' is no number of seconds above 0"):
+        load_plugins()
 
 
 def test_broken_plugins_are_listed_and_nothing_else_is_lost(

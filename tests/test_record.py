@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from faults import failing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import make_run, weights
@@ -17,6 +16,7 @@ from small import make_run, weights
 from kdcore import record
 from kdcore.errors import Interrupted
 from kdcore.record import Record, read
+from kdcore.testing.faults import failing_disk
 
 LOG = {"kind": "log", "key": "a" * 64, "name": "stage", "step": 5}
 SETS = ["execute.checkpoint_seconds=0", "train.epochs=4"]
@@ -130,7 +130,7 @@ def test_a_disk_that_takes_no_lines_is_said_once_and_ends_nothing(tmp_path, code
     said = []
     kept = Record(tmp_path, said.append)
     kept.event(log(5, **{"student.loss": 1.0}))
-    with failing(1, 1000, code):
+    with failing_disk(1, 1000, code):
         for step in (10, 15, 20):
             kept.event(log(step, **{"student.loss": 1.0}))
         kept.curves([])

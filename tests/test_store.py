@@ -10,14 +10,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faults import damage, failing
-from faults import stored_weights as weights
-from small import make_run
+from small import make_run, weights
 
 from kdcore.errors import Interrupted, StorageError
 from kdcore.folders import MANIFEST, DamagedError, FormatError, _seal, commit, verify
 from kdcore.plugins import load_plugins
 from kdcore.store import Store
+from kdcore.testing.faults import damage, failing_disk
 
 KEY, OTHER = "a" * 64, "b" * 64
 FILES = {"state.json": b'{"step": 1}', "tensors.safetensors": bytes(range(256)) * 8}
@@ -47,7 +46,7 @@ def save_checkpoint(store: Store) -> None:
 def boundaries(tmp_path: Path, save) -> int:
     probe = Store(tmp_path / "probe")
     probe.save_checkpoint(KEY, 10, FILES)
-    with failing() as disk:
+    with failing_disk() as disk:
         save(probe)
     return disk.count - (save is save_result)  # the last one moves checkpoints that nobody needs: it may fail
 
@@ -59,7 +58,7 @@ def test_a_full_disk_at_any_point_leaves_the_checkpoint_before_and_no_half_folde
     for number in range(1, total + 1):
         store = Store(tmp_path / f"store{number}")
         before = store.save_checkpoint(KEY, 10, FILES)
-        with failing(number), pytest.raises(StorageError) as found:
+        with failing_disk(number), pytest.raises(StorageError) as found:
             save(store)
         assert "No space left on device" in str(found.value)
         assert str(store.root) in found.value.where
@@ -75,14 +74,18 @@ def test_a_full_disk_at_any_point_leaves_the_checkpoint_before_and_no_half_folde
 def test_a_lost_note_about_the_holder_does_not_stop_a_lease(store):
     with store.lease(KEY, pytest.fail):
         pass
-    with failing(1), store.lease(KEY, pytest.fail):
+    with failing_disk(1), store.lease(KEY, pytest.fail):
         assert store.root.joinpath("leases", KEY).stat().st_size < len("process 1234567")
 
 
 def test_a_read_only_store_is_a_storage_error(store):
-    with failing(1, 99, errno.EROFS), pytest.raises(StorageError, match="Read-only file system"):
+    with failing_disk(1, 99, errno.EROFS), pytest.raises(StorageError, match="Read-only file system"):
         store.save_checkpoint(KEY, 1, FILES)
-    with failing(1, 99, errno.EROFS), pytest.raises(StorageError, match="Read-only"), store.lease(KEY, pytest.fail):
+    with (
+        failing_disk(1, 99, errno.EROFS),
+        pytest.raises(StorageError, match="Read-only"),
+        store.lease(KEY, pytest.fail),
+    ):
         pass
 
 
@@ -208,11 +211,11 @@ def test_a_newer_format_says_so_and_stays(store):
 def test_what_cannot_be_read_now_is_not_taken_for_damaged(store, monkeypatch):
     store.save_result(KEY, RESULT)
 
-    def refuse(self: Path) -> bytes:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(self))
+    def refuse(path, *arguments):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", refuse)
+        patch.setattr(os, "open", refuse)
         with pytest.raises(StorageError, match="Too many open files"):
             store.result(KEY)
     assert store.result(KEY) == {"key": "a"}
@@ -241,7 +244,7 @@ def test_checkpoints_are_ordered_by_number(store):
 
 def test_a_checkpoint_of_the_same_step_is_not_removed_for_its_successor(store):
     before = store.save_checkpoint(KEY, 1, FILES)
-    with failing(1, 99):
+    with failing_disk(1, 99):
         assert store.save_checkpoint(KEY, 1, FILES) == before
     verify(before)
 
@@ -270,11 +273,11 @@ def test_a_damaged_result_is_trained_again_to_the_same_weights(tmp_path, whole, 
 
 
 def test_a_run_that_met_a_full_disk_goes_on_to_the_same_weights(tmp_path, whole, host):
-    with failing() as disk:
+    with failing_disk() as disk:
         make_run(tmp_path / "probe", host=host, sets=SETS).execute()
     for number in range(2, disk.count, disk.count // 9):
         root = tmp_path / str(number)
-        with failing(number, 3), pytest.raises(StorageError) as found:
+        with failing_disk(number, 3), pytest.raises(StorageError) as found:
             make_run(root, host=host, sets=SETS).execute()
         assert str(root) in found.value.where
         make_run(root, host=host, sets=SETS).execute()

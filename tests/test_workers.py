@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import stored_weights
-from small import Quiet, make_run
+from small import Quiet, make_run, weights
 
 from kdcore import pool
 from kdcore.cli import main
@@ -71,8 +70,8 @@ def killed(tmp_path_factory, host):
 
 
 def test_jobs_1_and_2_give_equal_weights_though_a_worker_was_killed(alone, killed):
-    assert stored_weights(killed.folder.parent) == stored_weights(alone)
-    assert len(stored_weights(alone)) == 1
+    assert weights(killed.folder.parent) == weights(alone)
+    assert len(weights(alone)) == 1
 
 
 def test_the_stage_of_a_killed_worker_goes_on_from_its_checkpoint_and_has_one_result(killed):

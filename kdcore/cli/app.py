@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import __version__
 from ..errors import EXIT_CODES, RecipeError
 from ..plugins import OWN, PluginHost, load_plugins
+from ..reading import read_table
 from .extra import add_commands
 from .host import load_host
+
+if TYPE_CHECKING:
+    from .drive import Saved
 
 RUNS = Path("runs")
 EXITS = "\b\nExit codes:\n" + "\n".join(f"{code:>4}  {text}" for code, text in EXIT_CODES.items())
@@ -97,21 +100,19 @@ def resume(
     """Go on with a run from its folder."""
     from .drive import drive
 
-    saved = _read_json(folder / "run.json", "Give the folder of a run, e.g. runs/digits-1a2b3c4d.")
-    if not {"recipe", "plugin_files", "blocked", "store", "cwd", "threads", "jobs"} <= set(saved):
-        raise RecipeError("no run of kdcore", where=str(folder / "run.json"), fix="Run the recipe again.")
-    if any(plugin[0] == OWN for plugin in saved.get("plugins", ())):
+    saved = _saved(folder)
+    if any(OWN in plugin for plugin in saved.plugins):
         fix = "Make the same call of kdcore.distill again: it goes on."
         raise RecipeError("its modules and data were handed over in Python", where=str(folder), fix=fix)
-    files, blocked = saved["plugin_files"], [*saved["blocked"], *_blocked(block)]
+    files, blocked = saved.plugin_files, [*saved.blocked, *_blocked(block)]
     folder = folder.resolve()
-    if Path(saved["cwd"]).is_dir():
-        os.chdir(saved["cwd"])  # what the recipe's paths are relative to
+    if saved.cwd.is_dir():
+        os.chdir(saved.cwd)  # what the recipe's paths are relative to
     host = load_host(blocked, files, strict_plugins)
     with host.blaming():
         drive(
-            saved["recipe"], [], host, jobs or saved["jobs"], folder.parent, Path(saved["store"]), files, blocked,
-            strict, allow_plugin_change, folder, saved["threads"],
+            saved.recipe, [], host, jobs or saved.jobs, folder.parent, saved.store, files, blocked,
+            strict, allow_plugin_change, folder, saved.threads,
         )  # fmt: skip
 
 
@@ -197,10 +198,10 @@ def export(
 
     files, blocked, file, beside = plugin_file or [], _blocked(block), source, source
     if source.is_dir():
-        saved = _read_json(source / "run.json", "Give the folder of a run, e.g. runs/digits-1a2b3c4d.")
+        saved = _saved(source)
         result = _read_json(source / "result.json", "The run is not finished: kdcore resume it first.")
-        files, blocked = [*saved["plugin_files"], *files], [*saved["blocked"], *blocked]
-        file, beside = member_file(source, member, saved["store"], result), source / f"{member}.safetensors"
+        files, blocked = [*saved.plugin_files, *files], [*saved.blocked, *blocked]
+        file, beside = member_file(source, member, saved.store, result), source / f"{member}.safetensors"
     host = load_host(blocked, files)
     with host.blaming():
         export_model(host, file, name, sets or [], out, beside, batch)
@@ -279,12 +280,24 @@ def _blocked(block: list[str] | None) -> list[str]:
     return [text.removeprefix("no:") for text in block or []]
 
 
+def _saved(folder: Path) -> Saved:
+    """What run.json in the folder of a run says."""
+    from .drive import Saved
+
+    path = folder / "run.json"
+    data = _read_json(path, "Give the folder of a run, e.g. runs/digits-1a2b3c4d.")
+    try:
+        return Saved.model_validate(data)
+    except ValueError:
+        raise RecipeError("no run of kdcore", where=str(path), fix="Run the recipe again.") from None
+
+
 def _read_json(path: Path, fix: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_bytes()))
+        return read_table(path)
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError("no such file", where=str(path), fix=fix) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"cannot be read: {error}", where=str(path), fix=fix) from None
 
 

@@ -15,14 +15,29 @@ from ..codec import digest
 from ..errors import PlanError
 from ..journal import Journal
 from ..keys import Keys, in_order
+from ..options import Field, Plain
 from ..plan import MemberResult, Result, SourceSpec, Stage
 from ..plugins import PluginHost
 from ..recipe import Recipe, compile_recipe, load
 from ..runner import Run, check_outcome, check_stages, make_context, make_settings, start
 from ..store import Store
+from ..stored import check_stored
 from .console import RunConsole
 
 LONGEST_PLAN = 1000
+
+
+class Saved(Plain):
+    """What ``resume`` reads of run.json."""
+
+    recipe: dict[str, Any]
+    store: Path
+    plugin_files: list[str]
+    blocked: list[str]
+    threads: int = Field(ge=1)
+    jobs: int = Field(ge=1)
+    cwd: Path
+    plugins: tuple[tuple[str, ...], ...] = ()
 
 
 def drive(
@@ -186,8 +201,9 @@ def list_store(path: Path) -> None:
     store = Store(path, print)
     table = Table("key", "stage", "members", "steps", "seconds")
     for key in store.stored():
-        result = store.result(key)
-        if result is not None:
+        found = store.result(key)
+        if found is not None:
+            result = check_stored(found, key)
             members = ", ".join(f"{name} {member['model']}" for name, member in result["members"].items())
             table.add_row(key[:12], result["name"], members, str(result["steps"]), f"{result['seconds']:.1f}")
     Console().print(table)

@@ -40,7 +40,7 @@ def export_model(
         )
 
 
-def member_file(folder: Path, member: str, store: str, result: Mapping[str, Any]) -> Path:
+def member_file(folder: Path, member: str, store: Path, result: Mapping[str, Any]) -> Path:
     """The weights file of a finished run's student or teacher."""
     from ..store import Store
 
@@ -50,7 +50,7 @@ def member_file(folder: Path, member: str, store: str, result: Mapping[str, Any]
     if found is None:
         raise RecipeError(f"the run has no {member!r}", where="--member", fix="Write student or teacher.")
     if Store(store).result(found["stage"]) is None:
-        raise StorageError(f"the {member} is not stored any more", where=store, fix="Run the recipe again.")
+        raise StorageError(f"the {member} is not stored any more", where=str(store), fix="Run the recipe again.")
     return Store(store).weights(found["stage"], found["member"])
 
 

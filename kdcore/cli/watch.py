@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import RecipeError, StorageError
 from ..progress import is_finished, look, state_of
+from ..reading import read_table
 from ..report import write, write_live
 
 LEAST_REST = 10  # times as long as the page took: watching takes a tenth of a core at most, however large the run
@@ -46,5 +46,13 @@ def _write(folder: Path, seconds: float, results: dict[str, Any], drawn: dict[st
         write_live(look(folder, results), path, max(1, round(seconds)), drawn)
     finished = is_finished(folder)  # the run may have ended, and written its page, just before ours
     if finished:
-        write(json.loads((folder / "result.json").read_bytes()), path)
+        _write_last(folder / "result.json", path)
     return finished
+
+
+def _write_last(result: Path, path: Path) -> None:
+    try:
+        write(read_table(result), path)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        fix = "kdcore resume the run: it writes it again."
+        raise StorageError(f"no result of kdcore: {error!r}", where=str(result), fix=fix) from error

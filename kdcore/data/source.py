@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, PluginError
 from ..options import Options as NoOptions
 from ..seeds import derive
 from .random import Random
@@ -106,6 +106,9 @@ class EpochSource:
         random = Random(self._augment_seed, index, epoch)
         for transform in self.context.transforms:
             batch = transform(batch, random)
+            if not isinstance(batch, Batch):
+                where = f"transform {type(transform).__module__}:{type(transform).__qualname__}"
+                raise PluginError(f"gave {type(batch).__name__}", where=where, fix="It must give a kdcore.Batch.")
         return batch
 
     def _epoch_order(self, epoch: int) -> Tensor:

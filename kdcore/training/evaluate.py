@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..data import Batch, Split
 from ..data.source import eval_batches
+from ..errors import PluginError
 from ..outputs import Outputs
 from .member import Learner, LiveTerm
 from .objective import single_loss
@@ -61,8 +62,17 @@ def metrics(session: Session, learner: Learner) -> dict[str, float]:
         for inputs, target in eval_batches(session.splits.monitor, session.splits, session.device, session.eval_size):
             student_logits, teacher_logits = learner.evaluated(inputs), teacher(inputs)
             for name in wanted:
-                sums[name] += session.metrics[name](student_logits, teacher_logits, target).sum()
+                value = session.metrics[name](student_logits, teacher_logits, target)
+                _check_metric(name, value, len(target))
+                sums[name] += value.sum()
     return {name: total.item() / len(session.splits.monitor) for name, total in sums.items()}
+
+
+def _check_metric(name: str, value: Any, samples: int) -> None:
+    if not isinstance(value, Tensor) or value.shape != (samples,):
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        fix = "It must return a tensor [B]: one value a sample."
+        raise PluginError(f"gave {found} for {samples} samples", where=f"metric {name!r}", fix=fix)
 
 
 def gradient_shares(session: Session, learner: Learner) -> dict[str, float]:

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 from ..codec import decode
-from ..data import Splits
+from ..data import Batch, Splits
 from ..errors import Interrupted, PlanError, PluginError, suggest
 from ..job import Emit, Job
 from ..plan import Decision, Drop, Finish, Json, Set, TickView
 from ..registry import Catalog
 from ..store import Store
+from ..stored import check_stored
 from . import device, evaluate, memory, state
 from .member import Learner, classifies, host_state
 from .preflight import preflight
@@ -85,7 +86,7 @@ def _needed(store: Store, key: str) -> dict[str, Any]:
     found = store.result(key)
     if found is None:
         raise PlanError(f"the result {key[:12]} that it needs is not in the store", where="job")
-    return found
+    return check_stored(found, key)
 
 
 def _train(session: Session, inputs: Mapping[str, Any], stopped: Callable[[], int], again: memory.Again | None) -> None:
@@ -115,6 +116,7 @@ def _begin(session: Session, inputs: Mapping[str, Any], again: memory.Again | No
     if again is not None:
         memory.begin(session, again)
     if folder is None:
+        state.check_finite(session, session.learners.values())  # given weights may be anybody's
         session.warnings += preflight(session, inputs)
     for text in session.warnings:
         session.emit({"kind": "warning", "text": text, "preflight": True})
@@ -163,6 +165,9 @@ class Clock:
 def _step(session: Session) -> None:
     session.context.begin(session.step)
     batch = session.source.batch(session.step)
+    if not isinstance(batch, Batch):
+        where = f"source {session.stage.data.source.name!r}"
+        raise PluginError(f"gave {type(batch).__name__}", where=where, fix="It must give a kdcore.Batch.")
     session.step_kind(session.context, batch)
     session.step += 1
 
@@ -178,7 +183,7 @@ def _tick(session: Session, clock: Clock) -> None:
     rates = {learner.name: _rate(session, learner) for learner in session.trained}
     _log(session, clock)
     means = session.meters.take()
-    state.check_finite(session)
+    state.check_finite(session, session.taught)
     session.tick += 1
     for learner in session.trained:
         learner.still = None

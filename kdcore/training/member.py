@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -19,8 +19,11 @@ from ..errors import PlanError, RecipeError, StorageError
 from ..options import Options
 from ..origin import blame
 from ..plan import Member, ModelRef, Term
+from ..reading import safetensors_header
 from ..registry import Catalog
 from ..seeds import derive
+
+Sizes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 @dataclass
@@ -132,27 +135,44 @@ def load_weights(module: nn.Module, path: Path, where: str) -> None:
         StorageError: the file is not safetensors.
         RecipeError: it belongs to another architecture or another number of classes.
     """
+    own = _sizes(module)
     try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
+        safetensors_header(path)
+        with safe_open(path, framework="pt") as file:
+            _check_fit({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, own, str(path), where)  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in own}
+    except (OSError, ValueError, SafetensorError) as error:
         raise StorageError(f"not a safetensors file: {error}", where=str(path)) from error
-    put_weights(module, state, str(path), where)
+    _put(module, state)
 
 
-def put_weights(module: nn.Module, state: dict[str, Tensor], name: str, where: str) -> None:
+def put_weights(module: nn.Module, state: Mapping[str, Tensor], name: str, where: str) -> None:
     """Gives a module the tensors of the file ``name``; as :func:`load_weights`."""
+    _check_fit({key: tuple(tensor.shape) for key, tensor in state.items()}, _sizes(module), name, where)
+    _put(module, state)
+
+
+def _put(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = module.state_dict()
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    own.update(state)  # into the module's own, which has the versions that some modules ask for
+    module.load_state_dict(own)
+
+
+def _sizes(module: nn.Module) -> Sizes:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _check_fit(found: Sizes, own: Sizes, name: str, where: str) -> None:
+    """Compares names and shapes before a tensor is read: a header may promise any size."""
+    missing, extra = sorted(set(own) - set(found)), sorted(set(found) - set(own))
     if missing or extra:
         problems = [f"lacks {key!r}" for key in missing[:1]] + [f"has {key!r} too" for key in extra[:1]]
         fix = "Give the model that these weights belong to."
         raise RecipeError(f"{name} {' and '.join(problems)}", where=where, fix=fix)
-    for key, tensor in state.items():
-        if tensor.shape != own[key].shape:
-            problem = f"{name}: {key!r} is {tuple(tensor.shape)}, the model's is {tuple(own[key].shape)}"
+    for key, shape in found.items():
+        if shape != own[key]:
+            problem = f"{name}: {key!r} is {shape}, the model's is {own[key]}"
             raise RecipeError(problem, where=where, fix="Teacher and student must have the data's number of classes.")
-    own.update(state)  # into the module's own, which has the versions that some modules ask for
-    module.load_state_dict(own)
 
 
 def make_ema(module: nn.Module, decay: float) -> AveragedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import SupportsFloat
 
 from ..plan import Schedule
 from ..registry import Catalog
@@ -38,7 +39,9 @@ def compile_schedule(schedule: Schedule, catalog: Catalog, length: int) -> Calla
 
     def factor(epoch: float, warm: float) -> float:
         ramp = min(warm / schedule.warmup_epochs, 1.0) if schedule.warmup_epochs else 1.0
-        return ramp * float(shape(epoch, length, options))
+        value = shape(epoch, length, options)
+        entry.expect(value, (float, SupportsFloat), "a number")
+        return ramp * float(value)
 
     return factor
 

@@ -128,6 +128,11 @@ class Session:
             memory.check(self)  # a loss that wants whole batches may have come alive
 
     @property
+    def taught(self) -> list[Learner]:
+        """Members that have terms, be they live or not."""
+        return [learner for learner in self.learners.values() if learner.terms]
+
+    @property
     def trained(self) -> list[Learner]:
         """Members that are trained now."""
         return [self.learners[name] for name in self.context.trained]
@@ -224,6 +229,7 @@ def _build_term(term: Term, info: Shapes, catalog: Catalog, length: int, stage: 
     with blame(entry.origin, f"building loss {entry.full_name!r}"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(_adapter_seed(stage, member, term))
         module: nn.Module = entry.load().build(info, entry.options_class()(**term.options))
+        entry.expect(module, nn.Module, "an nn.Module")
     if term.through and hasattr(module, "teacher_grad"):
         module.teacher_grad = True  # type: ignore[assignment]
     return LiveTerm(
@@ -246,8 +252,10 @@ def _build_optimizer(stage: Stage, learner: Learner, catalog: Catalog) -> None:
     rate = as_schedule(spec.lr)
     length = stage.length if stage.tick == "epoch" else stage.length // stage.tick
     with blame(entry.origin, f"building optimizer {entry.full_name!r}"):
-        learner.optimizer = entry.load()(learner.parameters, rate.value, entry.options_class()(**spec.options))
-    for group in learner.optimizer.param_groups:
+        optimizer = entry.load()(learner.parameters, rate.value, entry.options_class()(**spec.options))
+        entry.expect(optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+    learner.optimizer = optimizer
+    for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     learner.lr_factor = compile_schedule(rate, catalog, length)
 

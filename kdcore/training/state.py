@@ -3,59 +3,94 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..errors import NumericError, PluginError
+from ..errors import NumericError, PluginError, StorageError
 from ..plan import Json
+from ..reading import read_table
 from .member import Learner, host_copy
 from .session import Session
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "step": int, "tick": int, "pieces": int, "finished": bool, "seconds": (int, float), "events": list,
+    "warnings": list,
+}  # fmt: skip
 
 
 def pack(session: Session) -> dict[str, bytes]:
     """state.json and tensors.safetensors of a session between two steps."""
-    check_finite(session)
+    check_finite(session, session.taught)
     tensors = {name: host_copy(tensor) for name, tensor in _tensors(session)}
     return {"state.json": json.dumps(_state(session)).encode(), "tensors.safetensors": save(tensors)}
 
 
 def unpack(session: Session, folder: Path) -> None:
-    """Puts a session back where :func:`pack` saw it."""
-    state = json.loads((folder / "state.json").read_bytes())
-    tensors = load_file(folder / "tensors.safetensors", device=str(session.device))
-    for name in ("step", "tick", "seconds", "events", "warnings", "finished"):
-        setattr(session, name, state[name])
-    session.pieces = state.get("pieces", 1)  # checkpoints of kdcore 0.1 may lack it
-    session.meters.sums, session.meters.counts = state["sums"], state["counts"]
-    for (_, controller), saved in zip(session.controllers, state["controllers"], strict=True):
+    """Puts a session back where :func:`pack` saw it.
+
+    Raises:
+        StorageError: the folder, though whole, holds something else.
+    """
+    with _fitting(folder):
+        state = read_table(folder / "state.json")
+        tensors = load_file(folder / "tensors.safetensors", device=str(session.device))
+        for name, kind in _FIELDS.items():
+            if not isinstance(state[name], kind):
+                raise TypeError(f"{name} is {state[name]!r}")
+            setattr(session, name, state[name])
+        session.meters.sums, session.meters.counts = state["sums"], state["counts"]
+        for learner in session.learners.values():
+            _restore(learner, state["members"][learner.name], tensors)
+        session.knobs.restore(state["knobs"])
+        controllers = list(zip(session.controllers, state["controllers"], strict=True))
+        parts = [(part, {**state["parts"][n], **_under(tensors, f"{n}//")}) for n, part in _stateful(session).items()]
+    for (_, controller), saved in controllers:  # a plugin's own errors are no fault of the folder
         controller.load_state_dict(saved)
-    for learner in session.learners.values():
-        _restore(learner, state["members"][learner.name], tensors)
-    session.knobs.restore(state["knobs"])
-    for name, part in _stateful(session).items():
-        part.load_state_dict({**state["parts"][name], **_under(tensors, f"{name}//")})
+    for part, saved in parts:
+        part.load_state_dict(saved)
 
 
-def check_finite(session: Session) -> None:
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        fix = "Remove the folder: the stage goes on from the checkpoint before it, or starts again."
+        raise StorageError(f"no checkpoint of this stage: {error}", where=str(folder), fix=fix) from error
+
+
+def check_finite(session: Session, learners: Iterable[Learner]) -> None:
     """Refuses weights that are not finite: they never reach a file.
 
     Raises:
         NumericError: names stage, step, member and tensor.
     """
-    for learner in session.learners.values():
-        named = [(n, t) for n, t in learner.module.state_dict().items() if t.is_floating_point()]
-        if not learner.terms or not named:
+    for learner in learners:
+        named = [(name, tensor) for name, tensor in _weights(learner) if tensor.is_floating_point()]
+        if not named:
             continue
         bad = torch.stack([~torch.isfinite(t).all() for _, t in named]).tolist()  # one sync a member
         if any(bad):
             name = next(n for (n, _), is_bad in zip(named, bad, strict=True) if is_bad)
             where = f"stage {session.stage.name!r}, step {session.step}, member {learner.name!r}, {name!r}"
-            raise NumericError("not finite", where=where, fix="Lower train.lr or set train.clip.")
+            fix = "Lower train.lr or set train.clip." if learner.terms else "Give it other weights, or train it again."
+            raise NumericError("not finite", where=where, fix=fix)
+
+
+def _weights(learner: Learner) -> Iterator[tuple[str, Tensor]]:
+    """Of the model, and what its terms train beside it."""
+    yield from learner.module.state_dict().items()
+    for term in learner.terms:
+        yield from ((f"{term.label}/{name}", tensor) for name, tensor in term.module.named_parameters())
 
 
 def _state(session: Session) -> dict[str, Json]:
