@@ -26,7 +26,7 @@ demo: $(BUILT)
 	$(BIN)/kdcore run examples/digits.toml
 
 # a process for each core, one thread in each; a file's tests stay together, for what they share is made once
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(BUILT)
 	$(PYTEST)

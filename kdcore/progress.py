@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from .errors import StorageError
 from .files import storing
 from .journal import Journal
 from .plan import Json
@@ -56,11 +57,19 @@ class Progress:
 
 
 def is_finished(folder: Path) -> bool:
-    """True if result.json is of the last process that began, or went on with, the run."""
+    """True if result.json is of the last process that began, or went on with, the run.
+
+    Raises:
+        StorageError: there is one, but not of kdcore: a run replaces it whole.
+    """
+    path = folder / "result.json"
     try:
-        finished = str(read_table(folder / "result.json")["run"]["finished"])
-    except (OSError, ValueError, KeyError, TypeError):
+        finished = str(read_table(path)["run"]["finished"])
+    except FileNotFoundError:
         return False
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fix = "kdcore resume the run: it writes it again."
+        raise StorageError(f"no result of kdcore: {error!r}", where=str(path), fix=fix) from error
     begun = [line["time"] for line in read(folder) if line["kind"] == "run"]
     return not begun or finished[:19] >= begun[-1][:19]  # whole seconds: result.json has no others
 

@@ -301,7 +301,7 @@ def test_what_is_no_run_and_no_weights_file_is_refused(run, cli, tmp_path):
     (tmp_path / "text").write_text("hello")
     assert "run.json: no such file. Give the folder of a run" in cli("export", tmp_path / "empty").err
     assert "is no safetensors file" in cli("export", tmp_path / "text").err
-    assert "there is no such file" in cli("export", tmp_path / "nothing").err
+    assert "No such file" in cli("export", tmp_path / "nothing").err
 
 
 def test_the_tolerance_grows_with_the_logits(model, tmp_path):

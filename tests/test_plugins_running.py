@@ -24,6 +24,8 @@ def kdcore_register(registry):
 
 # ---------------------------------------------------------------- observers
 
+RUN = {"id": "digits-0", "dir": "runs/digits-0", "seed": 0}
+STAGE = {"key": "0" * 64, "name": "mlp-2 on labels", "members": {"teacher": "mlp-2"}, "length": 3}
 NOSY = """
 import kdcore
 calls = []
@@ -44,7 +46,7 @@ def test_observer_that_raises_is_muted_and_said_once(
     host = load_plugins()
     metrics = {"student": {"accuracy": 0.5}}
     for epoch in (1, 2, 3):
-        host.emit("kdcore_epoch_finished", run={}, stage={}, epoch=epoch, metrics=metrics)
+        host.emit("kdcore_epoch_finished", run=RUN, stage=STAGE, epoch=epoch, metrics=metrics)
     assert sys.modules["nosy_module"].calls == [1]
     assert metrics == {"student": {"accuracy": 0.5}}  # observers see copies
     err = capsys.readouterr().err
@@ -56,7 +58,7 @@ def test_observer_that_raises_is_muted_and_said_once(
 def test_observer_that_exits_does_not_end_the_run(install: Callable[..., Path]) -> None:
     install("nosy", NOSY.replace('raise ValueError("no disk")', "raise SystemExit(0)"))
     host = load_plugins()
-    host.emit("kdcore_epoch_finished", run={}, stage={}, epoch=1, metrics={"student": {}})
+    host.emit("kdcore_epoch_finished", run=RUN, stage=STAGE, epoch=1, metrics={"student": {}})
     assert "nosy" in host.muted
 
 
@@ -64,7 +66,7 @@ def test_strict_plugins_makes_an_observer_fatal(install: Callable[..., Path]) ->
     install("nosy", NOSY)
     host = load_plugins(strict=True)
     with pytest.raises(PluginError, match=r"plugin nosy \(nosy-dist 1\.0\): kdcore_epoch_finished raised ValueError"):
-        host.emit("kdcore_epoch_finished", run={}, stage={}, epoch=1, metrics={"student": {}})
+        host.emit("kdcore_epoch_finished", run=RUN, stage=STAGE, epoch=1, metrics={"student": {}})
 
 
 def test_muted_observer_is_listed_in_the_result(

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from small import RECIPE, make_run
 
-from kdcore.card import KEY, LARGEST_HEADER, find_card, read_card
+from kdcore.card import KEY, find_card, read_card
 from kdcore.errors import KdError, RecipeError, StorageError
 from kdcore.plugins import load_plugins
+from kdcore.reading import MOST_HEADER
 from kdcore.recipe import compile_recipe, load
 
 HOST = load_plugins()
@@ -96,16 +97,16 @@ def test_any_bytes_are_a_card_no_card_or_a_storage_error(tmp_path, data, size, n
 def test_a_header_that_is_too_long_is_not_read(tmp_path):
     path = tmp_path / "long.safetensors"
     with path.open("wb") as file:
-        file.write((LARGEST_HEADER + 1).to_bytes(8, "little") + b"{")
-        file.truncate(LARGEST_HEADER * 4)
-    with pytest.raises(StorageError, match="does not begin with a header"):
+        file.write((MOST_HEADER + 1).to_bytes(8, "little") + b"{")
+        file.truncate(MOST_HEADER * 4)
+    with pytest.raises(StorageError, match="a header of"):
         find_card(path)
 
 
 def test_a_pipe_or_a_folder_is_no_weights_file_and_nobody_waits_for_it(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, tmp_path / "none"):
-        with pytest.raises(StorageError, match="there is no such file"):
+        with pytest.raises(StorageError, match=r"is no safetensors file: (Not an ordinary|Is a dir|No such)"):
             find_card(path)
 
 

@@ -103,7 +103,8 @@ def _taken(package: Package, host: PluginHost) -> str:
         return f"the {package.kind} {same[0].full_name!r} has that name"
     if any(distributions(name=package.name)):
         return f"a distribution {package.name!r} is installed"
-    return f"a module {package.module!r} is importable" if find_spec(package.module) else ""
+    spec = find_spec(package.module)  # without an origin it is any folder of that name, e.g. of an earlier try
+    return f"a module {package.module!r} is importable" if spec is not None and spec.origin is not None else ""
 
 
 def write(package: Package, parent: Path) -> Path:
