@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import signal
 import threading
@@ -15,6 +14,7 @@ from .cli.console import RunConsole
 from .cli.drive import catch_signals, check, folder_of, open_run
 from .cli.host import load_host
 from .errors import Interrupted, KdError, RecipeError, suggest
+from .generators import kept
 from .origin import Origin
 from .plugins import OWN, PluginHost
 from .recipe import DataTable, Recipe, TrainTable
@@ -159,7 +159,7 @@ def distill(
     files = [str(file) for file in plugin_files]
     share = {"monitor": monitor} if isinstance(monitor, int | float) else {}
     batches = {**share, "batch_size": batch_size, "transforms": transforms}
-    with _arguments(), RunConsole(quiet) as console, _random_state():
+    with _arguments(), RunConsole(quiet) as console, kept():
         given = take_data(train, test, None if share else monitor, classes, mean, std, console.handle)
         recipe = {
             **tables[""],
@@ -235,7 +235,7 @@ def _execute(
         recipe = check(source, sets, host)
         _check_place(recipe, host, jobs)
         root = root.resolve()
-        with _random_state(), _stoppable() as stopped:
+        with _stoppable() as stopped:
             opened = open_run(
                 recipe, host, folder_of(recipe, name, root), console, stopped,
                 store=Path(store or root / "store").resolve(), jobs=jobs, plugin_files=plugin_files, strict=strict,
@@ -268,23 +268,6 @@ def _arguments() -> Iterator[None]:
         error.where = re.sub(r"^train\.teacher\b", "teacher_train", error.where)
         error.where = re.sub(r"^(?:data|train)\.(\w+)", r"distill(\1=...)", error.where)
         raise
-
-
-@contextmanager
-def _random_state() -> Iterator[None]:
-    """The caller's random numbers go on as if nothing had been drawn."""
-    import numpy as np
-    import torch
-
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if started else ()
-    python, arrays = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
 
 
 @contextmanager

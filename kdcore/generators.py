@@ -1,28 +1,27 @@
-"""The global random generators: kdcore draws from none of them, and what runs beside a run must not be seen in them."""
+"""The global random generators: kdcore draws from none of them, and a run must not be seen in them."""
 
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Gives back the state of Python's, numpy's and torch's generators on the host, as far as they are imported.
+    """Gives back the state of Python's, numpy's and torch's generators, CUDA's where that was started before.
 
-    About 50 microseconds.
+    Plugins may draw from them, even seed them. About 80 microseconds, most of them numpy's.
     """
-    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
-    own = random.getstate()
-    theirs = numpy.random.get_state() if numpy is not None else None
-    tensor = torch.get_rng_state() if torch is not None else None
+    import numpy
+    import torch
+
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if started else ()
+    python, arrays = random.getstate(), numpy.random.get_state()
     try:
-        yield
+        with torch.random.fork_rng(devices=devices):
+            yield
     finally:
-        random.setstate(own)
-        if numpy is not None:
-            numpy.random.set_state(theirs)
-        if torch is not None:
-            torch.set_rng_state(tensor)
+        random.setstate(python)
+        numpy.random.set_state(arrays)

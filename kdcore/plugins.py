@@ -20,7 +20,6 @@ from . import hookspecs
 from .alarm import limited, patience
 from .errors import PluginError, RecipeError, suggest
 from .finding import describe, installed, load_file, owner, place_of, reason, roots
-from .generators import kept
 from .origin import Origin, blame_by_traceback
 from .registry import Catalog, Registrar
 
@@ -48,16 +47,12 @@ class PluginHost:
 
     def emit(self, hook: str, **arguments: Any) -> None:
         """Calls an observer hook of every plugin. One that raises is muted, or fatal under ``strict``."""
-        impls = [i for i in getattr(self.manager.hook, hook).get_hookimpls() if i.plugin_name not in self.muted]
-        if not impls:
-            return
-        with kept():  # an observer may draw random numbers, even seed: nobody else notices
-            for impl in impls:
-                try:
-                    # a copy, so that no observer changes what is stored or what the next one sees
-                    impl.function(*(_copy(arguments[name]) for name in impl.argnames))
-                except (Exception, SystemExit) as error:
-                    self._mute(impl.plugin_name, hook, error)
+        for impl in [i for i in getattr(self.manager.hook, hook).get_hookimpls() if i.plugin_name not in self.muted]:
+            try:
+                # a copy, so that no observer changes what is stored or what the next one sees
+                impl.function(*(_copy(arguments[name]) for name in impl.argnames))
+            except (Exception, SystemExit) as error:
+                self._mute(impl.plugin_name, hook, error)
 
     def _mute(self, plugin: str, hook: str, error: BaseException) -> None:
         origin = self.origins[plugin]

@@ -19,6 +19,7 @@ from .codec import canonical, digest, encode
 from .errors import PlanError, PluginError, PreflightError, StorageError
 from .executor import Context, DataCache, Executor
 from .files import replace_file
+from .generators import kept
 from .job import Event, Settings
 from .journal import FIX, Journal
 from .keys import Keys, in_order
@@ -77,6 +78,7 @@ class Run:
         self.keys = Keys(self.host.catalog, self.recipe.seed, self.settings, lambda spec: str(load(spec).fingerprint))
         self.info = {"id": self.folder.name, "dir": str(self.folder), "seed": self.recipe.seed}
 
+    @kept()
     def execute(self) -> dict[str, Any]:
         """Runs the strategy to its outcome; returns the content of result.json."""
         started = time.perf_counter()
