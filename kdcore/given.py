@@ -22,7 +22,7 @@ from .errors import RecipeError
 from .hookspecs import hookimpl
 from .job import Event
 from .options import Options
-from .plugins import OWN
+from .origin import OWN
 from .registry import Registrar
 
 STUDENT = "distill(student=...)"

@@ -25,8 +25,6 @@ from .origin import Origin, blame_by_traceback
 from .registry import Catalog, Registrar
 
 CORE = "core"
-OWN = "own"
-"""The plugin of what kdcore.distill was handed in Python."""
 
 
 @dataclass

@@ -443,6 +443,14 @@ def test_a_plugin_may_be_a_class_for_this_call_alone(tmp_path, monkeypatch):
         kdcore.run(RECIPE, jobs=2, plugins=[Squares], root=tmp_path, quiet=True)
 
 
+def test_the_file_of_an_own_module_says_that_no_name_builds_it(tmp_path):
+    path = call(tmp_path).folder / "student.safetensors"
+    with pytest.raises(RecipeError, match=r"'own/net' was handed over in Python: no name builds it again"):
+        kdcore.load_model(path)
+    with pytest.raises(RecipeError, match=r"teacher.weights: 'own/net' was handed over in Python"):
+        call(tmp_path, teacher={"weights": str(path)})
+
+
 def test_a_broken_plugin_object_is_an_error_of_its_own(tmp_path):
     class Empty:
         pass
