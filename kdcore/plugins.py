@@ -192,8 +192,7 @@ def register(host: PluginHost, origin: Origin, module: Any) -> None:
     for impl in host.manager.hook.kdcore_register.get_hookimpls():
         if impl.plugin_name == origin.plugin:
             impl.function(*[registrar for _ in impl.argnames])
-    if isinstance(module, ModuleType):
-        origin = dataclasses.replace(origin, files=roots(module, registrar.entries))
+    origin = dataclasses.replace(origin, files=roots(module, registrar.entries))
     for entry in registrar.entries:
         host.catalog.add(dataclasses.replace(entry, origin=origin))
     host.origins[origin.plugin] = origin

@@ -7,6 +7,7 @@ import copy
 import os
 import random
 import signal
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -441,6 +442,27 @@ def test_a_plugin_may_be_a_class_for_this_call_alone(tmp_path, monkeypatch):
         call(tmp_path, objective=objective)
     with pytest.raises(KdError, match=r"'squares' was handed over in Python\. Worker processes cannot"):
         kdcore.run(RECIPE, jobs=2, plugins=[Squares], root=tmp_path, quiet=True)
+
+
+def test_code_that_a_class_names_as_text_counts(tmp_path, monkeypatch):
+    file = tmp_path / "elsewhere.py"
+    text = "from torch import nn\ndef build(o, d): return nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=True))\n"
+    file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Named:
+        @staticmethod
+        @kdcore.hookimpl
+        def kdcore_register(registry):
+            registry.model("linear", "elsewhere:build", options="kdcore.options:Options")
+
+    def trained() -> list[bool]:
+        return reused(call(tmp_path, student={"model": "linear"}, plugins=[Named]))
+
+    assert (trained(), trained()) == ([False, False], [True, True])
+    file.write_text(text.replace("bias=True", "bias=False"))
+    monkeypatch.delitem(sys.modules, "elsewhere")
+    assert trained() == [True, False]
 
 
 def test_the_file_of_an_own_module_says_that_no_name_builds_it(tmp_path):
