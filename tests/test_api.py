@@ -144,6 +144,26 @@ def test_tied_weights_stay_tied_through_training_and_a_resume(tmp_path):
     assert same(again.teacher(), Tied())
 
 
+class Counting(Net):
+    """Learns less at every step that it remembers, in a buffer that no weights file holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += self.training
+        return super().forward(x) / self.count.clamp(min=1)
+
+
+def test_buffers_that_no_weights_file_holds_outlive_a_resume(tmp_path, ctrl_c):
+    with pytest.raises(KeyboardInterrupt):
+        call(tmp_path / "stopped", student=Counting(), epochs=4, plugins=[Stop(2)])
+    for name in ("stopped", "whole"):
+        call(tmp_path / name, student=Counting(), epochs=4)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
 # ---------------------------------------------------------------- keys
 
 
