@@ -144,6 +144,13 @@ def test_tied_weights_stay_tied_through_training_and_a_resume(tmp_path):
     assert same(again.teacher(), Tied())
 
 
+def test_parameters_that_share_memory_are_refused(tmp_path):
+    student = Net(16)
+    student.other = nn.Parameter(student.inner.weight.data)
+    with pytest.raises(RecipeError, match=r"student=\.\.\.\): two of its parameters share memory"):
+        call(tmp_path, student=student)
+
+
 class Counting(Net):
     """Learns less at every step that it remembers, in a buffer that no weights file holds."""
 
