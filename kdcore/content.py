@@ -61,8 +61,15 @@ def content_of(value: Any) -> Content:
 
 
 def hooks_of(plugin: Any) -> Content:
-    """The content of a plugin that lies in no file: its hooks, and the code that they name."""
-    return _content({name: getattr(plugin, name) for name in dir(plugin) if name.startswith("kdcore_")})
+    """The content of a plugin that lies in no file: its hooks, and the code that they name.
+
+    The key is empty if it registers nothing: an observer decides no weight, and is called in the driving process alone.
+    """
+    hooks = {name: getattr(plugin, name) for name in dir(plugin)}
+    hooks = {name: hook for name, hook in hooks.items() if isinstance(getattr(hook, "kdcore_impl", None), dict)}
+    if not any((hook.kdcore_impl.get("specname") or name) == "kdcore_register" for name, hook in hooks.items()):
+        return Content("")
+    return _content(hooks)
 
 
 def _content(values: Mapping[str, Any]) -> Content:

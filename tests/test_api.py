@@ -471,6 +471,35 @@ def test_a_plugin_may_be_a_class_for_this_call_alone(tmp_path, monkeypatch):
         kdcore.run(RECIPE, jobs=2, plugins=[Squares], root=tmp_path, quiet=True)
 
 
+class Looking:
+    @kdcore.hookimpl
+    def kdcore_epoch_finished(self, epoch):
+        pass
+
+
+def test_an_observer_changes_no_key_and_runs_beside_worker_processes(tmp_path):
+    assert call(tmp_path, plugins=[Looking()]).warnings == call(tmp_path).warnings
+    assert reused(call(tmp_path, plugins=[Looking()])) == [True, True]
+    assert kdcore.run(RECIPE, jobs=2, plugins=[Looking()], root=tmp_path, quiet=True)["degraded"] == {}
+
+
+def test_a_hook_under_another_name_counts(tmp_path):
+    def plugin(factor: float) -> type:
+        class Renamed:
+            loss = type("Loss", (Squares.Loss,), {"factor": factor})
+
+            @staticmethod
+            @kdcore.hookimpl(specname="kdcore_register")
+            def mine(registry, loss=loss):
+                registry.loss("squares", loss)
+
+        return Renamed
+
+    objective = [{"loss": "cross_entropy"}, {"loss": "renamed/squares"}]
+    results = [call(tmp_path, objective=objective, plugins=[plugin(factor)]) for factor in (1.0, 1.0, 2.0)]
+    assert [reused(result) for result in results] == [[False, False], [True, True], [True, False]]
+
+
 def test_code_that_a_class_names_as_text_counts(tmp_path, monkeypatch):
     file = tmp_path / "elsewhere.py"
     text = "from torch import nn\ndef build(o, d): return nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=True))\n"
