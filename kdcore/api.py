@@ -15,8 +15,8 @@ from .cli.drive import catch_signals, check, folder_of, open_run
 from .cli.host import load_host
 from .errors import Interrupted, KdError, RecipeError, suggest
 from .generators import kept
-from .origin import Origin
-from .plugins import OWN, PluginHost
+from .origin import OWN, Origin
+from .plugins import PluginHost
 from .recipe import DataTable, Recipe, TrainTable
 from .runresult import RunResult, result_of
 

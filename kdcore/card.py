@@ -14,7 +14,9 @@ from pydantic import model_validator
 from .codec import canonical
 from .errors import RecipeError, StorageError
 from .options import Field, Options, validate
+from .origin import OWN
 from .reading import parse_json, safetensors_header
+from .registry import Catalog, Entry
 
 if TYPE_CHECKING:
     from .data import DataInfo
@@ -112,6 +114,18 @@ def read_card(path: Path) -> Card:
         fix = "Add that: kdcore convert IN OUT --model NAME --shape 3x32x32 --classes 10 --mean 0.5 --std 0.25."
         raise StorageError("it does not say which model it holds", where=str(path), fix=fix)
     return card
+
+
+def find_model(card: Card, catalog: Catalog, where: str) -> Entry:
+    """The registered model that a card names.
+
+    Raises:
+        RecipeError: there is none, or the file is of a module that was handed over in Python.
+    """
+    if card.model.startswith(f"{OWN}/"):
+        fix = "Build the module, and load_state_dict(safetensors.torch.load_file(...)) into it."
+        raise RecipeError(f"{card.model!r} was handed over in Python: no name builds it again", where=where, fix=fix)
+    return catalog.find("model", card.model, where)
 
 
 def check_images(path: str, data: DataInfo, where: str) -> None:

@@ -19,6 +19,7 @@ import textwrap
 import types
 import weakref
 from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from dis import get_instructions
@@ -34,6 +35,8 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes)
 BY_NAME = {"torch", "torchvision", "numpy", "kdcore"}
 INTERNAL = frozenset(nn.Module().__dict__)
 HOOKS = tuple(name for name in sorted(INTERNAL) if name.endswith("hooks") and "state_dict" not in name)
+BESIDE = ("default_factory", "maxlen", "__dict__")
+ELIDED = (" at 0x", "tensor(", "array(")  # of a text that does not say all: long tensors are printed with gaps
 GENERATED = (torch.jit.ScriptModule, torch.fx.GraphModule)
 _STDLIB = Path(sysconfig.get_path("stdlib")).resolve()
 _SITES = {Path(path).resolve() for path in (*site.getsitepackages(), site.getusersitepackages())}
@@ -54,16 +57,28 @@ class Content:
 
 def content_of(value: Any) -> Content:
     """The content of a module: weights, buffers, structure, plain attributes, and the code of its classes."""
-    walk = _Walk()
-    walk.visit(value, type(value).__name__)
-    return walk.content()
+    return _content({type(value).__name__: value})
 
 
 def hooks_of(plugin: Any) -> Content:
-    """The content of a plugin that lies in no file: its hooks, and the code that they name."""
+    """The content of a plugin that lies in no file: its hooks, and the code that they name.
+
+    The key is empty if it registers nothing: an observer decides no weight, and is called in the driving process alone.
+    """
+    hooks = {name: getattr(plugin, name) for name in dir(plugin)}
+    hooks = {name: hook for name, hook in hooks.items() if isinstance(getattr(hook, "kdcore_impl", None), dict)}
+    if not any((hook.kdcore_impl.get("specname") or name) == "kdcore_register" for name, hook in hooks.items()):
+        return Content("")
+    return _content(hooks)
+
+
+def _content(values: Mapping[str, Any]) -> Content:
     walk = _Walk()
-    for name in sorted(name for name in dir(plugin) if name.startswith("kdcore_")):
-        walk.visit(getattr(plugin, name), name)
+    try:
+        for name, value in values.items():
+            walk.visit(value, name)
+    except RecursionError:
+        walk.fail(f"{next(iter(values))} is nested too deeply")
     return walk.content()
 
 
@@ -116,6 +131,7 @@ class _Walk:
             return
         self.add(value.dtype, tuple(value.shape))
         self.sum.update(host.data)
+        self.beside(value, where)
 
     def array(self, value: np.ndarray[Any, Any], where: str) -> None:
         if value.dtype.hasobject:
@@ -129,12 +145,14 @@ class _Walk:
         self.add(len(value))
         for number, item in enumerate(value):
             self.visit(item, f"{where}[{number}]")
+        self.beside(value, where)
 
     def group(self, value: Any, where: str) -> None:
         self.visit(type(value), where)
         self.add(len(value))
         for item in sorted(value, key=repr):  # the order of a set differs from process to process
             self.visit(item, f"an item of {where}")
+        self.beside(value, where)
 
     def mapping(self, value: Mapping[Any, Any], where: str) -> None:
         self.visit(type(value), where)
@@ -142,17 +160,28 @@ class _Walk:
         for key, item in value.items():
             self.visit(key, f"a key of {where}")
             self.visit(item, f"{where}[{key!r}]")
+        self.beside(value, where)
+
+    def beside(self, value: Any, where: str) -> None:
+        """What a tensor, container or function has beside its content."""
+        for name in BESIDE:
+            if (found := getattr(value, name, None)) not in (None, {}):
+                self.add("beside", name)
+                self.visit(found, f"{where}.{name}")
 
     def other(self, value: Any, where: str) -> None:
-        """An object: a data class by its fields, one of the standard library's or torch's by what it prints."""
+        """An object: a data class by its fields, one of the standard library's by what it prints, torch's by both."""
         if dataclasses.is_dataclass(value) or isinstance(value, types.SimpleNamespace | Namespace):
             self.visit(type(value), where)
-            self.mapping(vars(value), where)
+            names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+            self.mapping({name: getattr(value, name, None) for name in names} | getattr(value, "__dict__", {}), where)
         elif isinstance(value, Enum):
-            self.visit(type(value).__qualname__, where)
-            self.visit((value.name, value.value), where)
-        elif _is_known(type(value).__module__) and " at 0x" not in (text := repr(value)):
+            code = {name: item for name, item in vars(type(value)).items() if isinstance(item, CODE)}
+            self.visit((type(value).__qualname__, value.name, value.value, code), where)
+        elif _is_known(type(value).__module__) and not any(word in (text := repr(value)) for word in ELIDED):
             self.add(type(value).__qualname__, text)
+            if not _is_standard(type(value).__module__):  # torch prints shapes for tensors, or no more than a name
+                self.beside(value, where)
         else:
             self.fail(f"{where} is a {type(value).__name__}, of which nobody knows what it does")
 
@@ -197,6 +226,9 @@ class _Walk:
         if self.foreign(str(value.__globals__.get("__name__"))):
             if hasattr(value, "__wrapped__"):  # e.g. under torch.no_grad()
                 self.visit(value.__wrapped__, where)
+            for name, item in _closed(value):  # e.g. the axes of torch.vmap
+                if isinstance(item, (*PLAIN, tuple, types.FunctionType, Tensor, nn.Module)):
+                    self.visit(item, f"{name!r} of {value.__qualname__}")
             return
         try:
             self.add(textwrap.dedent(inspect.getsource(value.__code__)))
@@ -204,12 +236,18 @@ class _Walk:
             self.fail(f"the source of {value.__qualname__} cannot be found")
             return
         if value.__name__ == "<lambda>":  # two of them may share a line
-            constants = [const for const in value.__code__.co_consts if type(const) in PLAIN]
-            self.add(value.__code__.co_code.hex(), value.__code__.co_names, constants)
+            self.bytecode(value.__code__, where)
+        self.beside(value, value.__qualname__)
         self.visit((value.__defaults__, value.__kwdefaults__), f"a default of {value.__qualname__}")
         for name, item in _named(value):
             self.add("name", name)
             self.visit(item, f"{name!r}, which {value.__qualname__} uses,")
+
+    def bytecode(self, code: types.CodeType, where: str) -> None:
+        self.add(code.co_code.hex(), code.co_names)
+        for const in code.co_consts:
+            visit = self.bytecode if isinstance(const, types.CodeType) else self.visit
+            visit(const, where)
 
     def method(self, value: types.MethodType, where: str) -> None:
         self.visit(value.__func__, where)
@@ -226,11 +264,13 @@ class _Walk:
 
     def named(self, value: Any, where: str) -> None:
         self.add("built in", value.__module__, value.__qualname__)
+        if not isinstance(value.__self__, types.ModuleType | None):  # e.g. the get of a dict
+            self.visit(value.__self__, where)
 
     def namespace(self, value: types.ModuleType, where: str) -> None:
-        self.add("module", value.__name__.rpartition(".")[2])
-        file = getattr(value, "__file__", None)
-        if not _is_known(value.__name__):
+        known, file = _is_known(value.__name__), getattr(value, "__file__", None)
+        self.add("module", value.__name__ if known else value.__name__.rpartition(".")[2])
+        if not known:
             self.file(Path(file) if file else None, f"the module {value.__name__}")
 
     def foreign(self, name: str) -> bool:
@@ -269,9 +309,9 @@ HANDLERS: tuple[tuple[Any, bool, Callable[[_Walk, Any, str], None]], ...] = (
     (types.ModuleType, True, _Walk.namespace),
     (weakref.ref, False, _Walk.reference),
     (Enum, False, _Walk.other),
-    ((tuple, list), False, _Walk.sequence),
+    ((tuple, list, deque), False, _Walk.sequence),
     ((set, frozenset), False, _Walk.group),
-    (dict, False, _Walk.mapping),
+    ((dict, types.MappingProxyType), False, _Walk.mapping),
     (object, False, _Walk.other),
 )
 
@@ -281,6 +321,11 @@ def _named(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     for name in sorted(_globals(function.__code__)):
         if name in function.__globals__:
             yield name, function.__globals__[name]
+    yield from _closed(function)
+
+
+def _closed(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The variables of outer functions that a function uses."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
@@ -306,8 +351,9 @@ def _file(name: str) -> Path | None:
 
 def _is_known(name: str) -> bool:
     """Modules that count by their name: torch and numpy are recorded with a result, not keyed, and so is Python."""
-    root = name.partition(".")[0]
-    if root in sys.stdlib_module_names:
-        file = _file(name)
-        return file is None or _STDLIB in file.parents  # a file of the user's may be called queue.py
-    return root in BY_NAME
+    return _is_standard(name) or name.partition(".")[0] in BY_NAME
+
+
+def _is_standard(name: str) -> bool:
+    file = _file(name)  # one of the user's may be called queue.py
+    return name.partition(".")[0] in sys.stdlib_module_names and (file is None or _STDLIB in file.parents)

@@ -55,7 +55,7 @@ def main(key: str, cpu_seconds: int, memory: int, output: int) -> None:
         _refuse(refused.what, refused.fix)
     except OSError as error:
         _refuse(f"its tensors cannot be written: {error.strerror}")
-    except (MemoryError, RuntimeError) as error:
+    except BaseException as error:  # safetensors panics where a copy of its bytes finds no room
         if not _is_memory(error):
             raise
         _refuse(f"its tensors take more than {memory / 2**20:,.0f} MiB, many times what the file has")
@@ -82,7 +82,8 @@ def _refuse(what: str, fix: str = "") -> None:
 
 
 def _is_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "bad_alloc" in str(error)
+    words = ("allocate memory", "bad_alloc", "PyObject pointer is null")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 # ---------------------------------------------------------------- reading
@@ -170,7 +171,9 @@ def clean(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     import torch
 
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        if not isinstance(name, str) or name.endswith("__metadata__"):  # which safetensors takes for its own
+            raise Refused(f"{name!r:.{LONGEST}} is no name of a tensor", "Save it under another.")
+        if not isinstance(value, torch.Tensor):
             fix = "Choose the state dict in it by --key, or save that alone."
             raise Refused(f"{name!r:.{LONGEST}} is {type(value).__name__}, not a tensor", fix)
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":

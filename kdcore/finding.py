@@ -90,10 +90,16 @@ def _is_other_module(name: str, file: Path) -> bool:
 # ---------------------------------------------------------------- source
 
 
-def roots(module: ModuleType, entries: Iterable[Entry]) -> tuple[Path, ...]:
-    """The module files and package folders that hold a plugin's code: its own, and those that its targets name."""
+def roots(plugin: Any, entries: Iterable[Entry]) -> tuple[Path, ...]:
+    """The module files and package folders that hold a plugin's code: its own, and those that its targets name.
+
+    Of a plugin that is no module, those that it names as text: the rest is in its origin's content.
+    """
     targets = [target for entry in entries for target in (entry.target, entry.options) if target is not None]
-    names = {module.__name__} | {_module_of(target) for target in targets}
+    if isinstance(plugin, ModuleType):
+        names = {plugin.__name__} | {_module_of(target) for target in targets}
+    else:
+        names = {_module_of(target) for target in targets if isinstance(target, str)}
     tops = {name for name in names if name.partition(".")[0] not in NOT_A_PLUGINS_OWN}
     found = {root for name in tops if (root := _root(name)) is not None}
     return tuple(sorted(found, key=lambda root: (root.name, str(root))))

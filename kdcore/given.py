@@ -22,7 +22,7 @@ from .errors import RecipeError
 from .hookspecs import hookimpl
 from .job import Event
 from .options import Options
-from .plugins import OWN
+from .origin import OWN
 from .registry import Registrar
 
 STUDENT = "distill(student=...)"
@@ -161,6 +161,10 @@ def _check_parts(module: nn.Module, where: str) -> None:
         raise RecipeError("it has no parameters", where=where, fix="Give a module with weights.")
     if where == STUDENT and not any(parameter.requires_grad for parameter in parameters):
         raise RecipeError("all of its parameters are frozen", where=where, fix="Let some of them require gradients.")
+    places = [parameter.data_ptr() for parameter in parameters if parameter.data_ptr()]
+    if len(set(places)) < len(places):
+        fix = "Make them one parameter under two names: second.weight = first.weight."
+        raise RecipeError("two of its parameters share memory, which their copies do not", where=where, fix=fix)
     strange = [name for name, value in module.state_dict().items() if not isinstance(value, torch.Tensor)]
     if strange:
         what = f"{strange[0]!r} in its state_dict is no tensor"

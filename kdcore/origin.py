@@ -11,6 +11,9 @@ from traceback import walk_tb
 
 from .errors import KdError
 
+OWN = "own"
+"""The plugin of what kdcore.distill was handed in Python."""
+
 
 @dataclass(frozen=True)
 class Origin:

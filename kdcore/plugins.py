@@ -24,8 +24,6 @@ from .origin import Origin, blame_by_traceback
 from .registry import Catalog, Registrar
 
 CORE = "core"
-OWN = "own"
-"""The plugin of what kdcore.distill was handed in Python."""
 
 
 @dataclass
@@ -189,8 +187,7 @@ def register(host: PluginHost, origin: Origin, module: Any) -> None:
     for impl in host.manager.hook.kdcore_register.get_hookimpls():
         if impl.plugin_name == origin.plugin:
             impl.function(*[registrar for _ in impl.argnames])
-    if isinstance(module, ModuleType):
-        origin = dataclasses.replace(origin, files=roots(module, registrar.entries))
+    origin = dataclasses.replace(origin, files=roots(module, registrar.entries))
     for entry in registrar.entries:
         host.catalog.add(dataclasses.replace(entry, origin=origin))
     host.origins[origin.plugin] = origin

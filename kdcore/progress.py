@@ -90,10 +90,7 @@ def look(folder: Path, results: dict[str, dict[str, Any]]) -> Progress:
     Raises:
         StorageError: the journal or run.json cannot be read.
     """
-    with storing(folder / "run.json"):
-        saved = read_table(folder / "run.json")
-    journal, lines = Journal(folder / "journal.jsonl"), read(folder)
-    store = Store(Path(saved["cwd"]) / saved["store"])
+    journal, lines, store = Journal(folder / "journal.jsonl"), read(folder), _store(folder / "run.json")
     ended = {record["key"]: record for record in journal.of("result")}
     sessions = _sessions(lines)
     begun = {line["key"] for session in sessions[-1:] for line in session if line["kind"] == "start"}
@@ -113,6 +110,16 @@ def look(folder: Path, results: dict[str, dict[str, Any]]) -> Progress:
         warnings=tuple(dict.fromkeys(_warning(line) for line in lines if line["kind"] == "warning")),
         stages=tuple(stages),
     )
+
+
+def _store(path: Path) -> Store:
+    with storing(path):
+        try:
+            saved = read_table(path)
+            return Store(Path(saved["cwd"], saved["store"]))
+        except (ValueError, KeyError, TypeError) as error:
+            fix = "Run the recipe again: it writes this file anew."
+            raise StorageError(f"no run of kdcore: {error!r}", where=str(path), fix=fix) from error
 
 
 def _asked(journal: Journal, begun: set[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, model_validator
 
-from .card import find_card
+from .card import find_card, find_model
 from .errors import RecipeError, StorageError
 from .options import Field, Options, Plain, shown, validate
 from .overrides import override, read
@@ -217,7 +217,7 @@ def _told(path: str, catalog: Catalog, where: str) -> Spec | None:
         raise RecipeError(str(error), where=where) from error
     if card is None:
         return None
-    entry = catalog.find("model", card.model, where)
+    entry = find_model(card, catalog, where)
     return Spec(entry.full_name, entry.check(card.options, where))
 
 

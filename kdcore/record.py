@@ -84,7 +84,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
         return []
     counting: list[dict[str, Any]] = []
     for text in lines:
-        with suppress(ValueError):  # what a power cut left of a line
+        with suppress(ValueError, TypeError, KeyError):  # what a power cut left of a line
             line = json.loads(text)
             if line["kind"] == "start":
                 counting = [old for old in counting if not _undone(old, line)]

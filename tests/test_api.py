@@ -7,6 +7,7 @@ import copy
 import os
 import random
 import signal
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -141,6 +142,33 @@ def test_tied_weights_stay_tied_through_training_and_a_resume(tmp_path):
     assert same(student, whole.student())
     assert not same(student, Tied())
     assert same(again.teacher(), Tied())
+
+
+def test_parameters_that_share_memory_are_refused(tmp_path):
+    student = Net(16)
+    student.other = nn.Parameter(student.inner.weight.data)
+    with pytest.raises(RecipeError, match=r"student=\.\.\.\): two of its parameters share memory"):
+        call(tmp_path, student=student)
+
+
+class Counting(Net):
+    """Learns less at every step that it remembers, in a buffer that no weights file holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += self.training
+        return super().forward(x) / self.count.clamp(min=1)
+
+
+def test_buffers_that_no_weights_file_holds_outlive_a_resume(tmp_path, ctrl_c):
+    with pytest.raises(KeyboardInterrupt):
+        call(tmp_path / "stopped", student=Counting(), epochs=4, plugins=[Stop(2)])
+    for name in ("stopped", "whole"):
+        call(tmp_path / name, student=Counting(), epochs=4)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
 
 
 # ---------------------------------------------------------------- keys
@@ -441,6 +469,64 @@ def test_a_plugin_may_be_a_class_for_this_call_alone(tmp_path, monkeypatch):
         call(tmp_path, objective=objective)
     with pytest.raises(KdError, match=r"'squares' was handed over in Python\. Worker processes cannot"):
         kdcore.run(RECIPE, jobs=2, plugins=[Squares], root=tmp_path, quiet=True)
+
+
+class Looking:
+    @kdcore.hookimpl
+    def kdcore_epoch_finished(self, epoch):
+        pass
+
+
+def test_an_observer_changes_no_key_and_runs_beside_worker_processes(tmp_path):
+    assert call(tmp_path, plugins=[Looking()]).warnings == call(tmp_path).warnings
+    assert reused(call(tmp_path, plugins=[Looking()])) == [True, True]
+    assert kdcore.run(RECIPE, jobs=2, plugins=[Looking()], root=tmp_path, quiet=True)["degraded"] == {}
+
+
+def test_a_hook_under_another_name_counts(tmp_path):
+    def plugin(factor: float) -> type:
+        class Renamed:
+            loss = type("Loss", (Squares.Loss,), {"factor": factor})
+
+            @staticmethod
+            @kdcore.hookimpl(specname="kdcore_register")
+            def mine(registry, loss=loss):
+                registry.loss("squares", loss)
+
+        return Renamed
+
+    objective = [{"loss": "cross_entropy"}, {"loss": "renamed/squares"}]
+    results = [call(tmp_path, objective=objective, plugins=[plugin(factor)]) for factor in (1.0, 1.0, 2.0)]
+    assert [reused(result) for result in results] == [[False, False], [True, True], [True, False]]
+
+
+def test_code_that_a_class_names_as_text_counts(tmp_path, monkeypatch):
+    file = tmp_path / "elsewhere.py"
+    text = "from torch import nn\ndef build(o, d): return nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=True))\n"
+    file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Named:
+        @staticmethod
+        @kdcore.hookimpl
+        def kdcore_register(registry):
+            registry.model("linear", "elsewhere:build", options="kdcore.options:Options")
+
+    def trained() -> list[bool]:
+        return reused(call(tmp_path, student={"model": "linear"}, plugins=[Named]))
+
+    assert (trained(), trained()) == ([False, False], [True, True])
+    file.write_text(text.replace("bias=True", "bias=False"))
+    monkeypatch.delitem(sys.modules, "elsewhere")
+    assert trained() == [True, False]
+
+
+def test_the_file_of_an_own_module_says_that_no_name_builds_it(tmp_path):
+    path = call(tmp_path).folder / "student.safetensors"
+    with pytest.raises(RecipeError, match=r"'own/net' was handed over in Python: no name builds it again"):
+        kdcore.load_model(path)
+    with pytest.raises(RecipeError, match=r"teacher.weights: 'own/net' was handed over in Python"):
+        call(tmp_path, teacher={"weights": str(path)})
 
 
 def test_a_broken_plugin_object_is_an_error_of_its_own(tmp_path):

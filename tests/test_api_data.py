@@ -72,6 +72,24 @@ def test_grey_images_need_no_channel():
         assert torch.equal(dataset(form).train.images, GREY)
 
 
+def test_arrays_that_torch_cannot_share_are_copied():
+    images = np.frombuffer(GREY.numpy().tobytes(), dtype=np.uint8).reshape(GREY.shape)  # cannot be written
+    labels = LABELS.numpy().astype(np.uint16)
+    for form in ((images, labels), (GREY.flip(0).numpy()[::-1], labels[::-1][::-1]), Pairs(images, labels)):
+        found = dataset(form).train
+        assert torch.equal(found.images, GREY)
+        assert torch.equal(found.labels, LABELS)
+
+
+def test_an_array_whose_channels_may_be_on_either_side_is_refused():
+    with pytest.raises(
+        DataError, match=r"array of shape \(3, 4, 4\) may be its first axis or its last\. Give a tensor"
+    ):
+        dataset((np.zeros((40, 3, 4, 4), np.float32), LABELS))
+    with pytest.raises(DataError, match=r"train=\.\.\.\): an array of object"):
+        dataset((np.full((40, 4, 4), None), LABELS))
+
+
 def test_a_dataset_with_both_splits_is_taken_as_it_is():
     data = kdcore.Dataset(kdcore.Split(GREY, LABELS), kdcore.Split(GREY[:9], LABELS[:9]), 5)
     assert dataset(data, None) == data

@@ -8,17 +8,21 @@ import linecache
 import re
 import subprocess
 import sys
+from collections import defaultdict, deque
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributions import Normal
 
 from kdcore.content import content_of
 
@@ -157,6 +161,73 @@ def test_a_class_attribute_counts():
     assert key(module) != before
 
 
+class Add(Enum):
+    ONE = 1
+
+    def value_for(self, x):
+        return x + 1
+
+
+class Subtract(Enum):
+    ONE = 1
+
+    def value_for(self, x):
+        return x - 1
+
+
+@dataclass(slots=True)
+class Slots:
+    width: int
+
+
+class Listed(list):
+    scale = 1
+
+    def __init__(self, scale):
+        self.scale = scale
+
+
+def marked(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+    tensor.scale = scale
+    return tensor
+
+
+def one_hot(place: int) -> torch.Tensor:
+    return F.one_hot(torch.tensor(place), 3000)
+
+
+LONG, OTHER = one_hot(1400), one_hot(1500)  # printing shows neither's one
+Subtract.__qualname__ = "Add"
+PAIRS = {
+    "tensors in an object of torch": (Normal(0.0 * LONG, 1.0 + LONG), Normal(0.0 * LONG, 1.0 + OTHER)),
+    "tensors in a deque": (deque([LONG]), deque([OTHER])),
+    "tensors in a read-only mapping": (MappingProxyType({"a": LONG}), MappingProxyType({"a": OTHER})),
+    "axes of two lambdas": (lambda x: x.mean((2, 3)), lambda x: x.mean((0, 1))),
+    "lambdas in lambdas": (lambda: lambda x: x + 1, lambda: lambda x: x + 2),
+    "axes of vmap": (torch.vmap(torch.relu, in_dims=0), torch.vmap(torch.relu, in_dims=1)),
+    "owners of built-in methods": ({"a": 1}.get, {"a": 2}.get),
+    "modules of one name": (torch.nn.functional, torchvision.transforms.functional),
+    "defaults of dicts": (defaultdict(functools.partial(int, 1)), defaultdict(functools.partial(int, 2))),
+    "attributes of lists": (Listed(1), Listed(2)),
+    "attributes of tensors": (marked(torch.zeros(2), 1), marked(torch.zeros(2), 2)),
+    "methods of enums": (Add.ONE, Subtract.ONE),
+    "data classes with slots": (Slots(1), Slots(2)),
+    "functions in a transform": (torchvision.transforms.Lambda(torch.relu), torchvision.transforms.Lambda(torch.sin)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_prints_alike_but_does_something_else_has_another_key(name):
+    def of(value: Any) -> str:
+        module = linear()
+        module.it = value
+        return key(module)
+
+    one, other = PAIRS[name]
+    assert of(one) == of(one)
+    assert of(one) != of(other)
+
+
 def test_keys_are_the_same_in_another_process():
     program = "import test_content as t; print(t.key(t.own()), t.key(t.from_cell()))"
     command = [sys.executable, "-c", program]
@@ -215,6 +286,7 @@ class Mystery:
         (lambda m: setattr(m, "it", Mystery()), "Linear.it is a Mystery"),
         (lambda m: setattr(m, "it", {"a": [Mystery()]}), r"Linear.it\['a'\]\[0\] is a Mystery"),
         (lambda m: setattr(m, "it", torch.Generator()), "Linear.it is a Generator"),
+        (lambda m: setattr(m, "it", functools.reduce(lambda inner, _: [inner], range(2000), [])), "nested too deeply"),
         (lambda m: setattr(m, "it", (loop := [], loop.append(loop))), "holds itself"),
         (lambda m: setattr(m, "it", eval("lambda x: x")), "the source of <lambda> cannot be found"),
     ],

@@ -175,7 +175,8 @@ REFUSALS = {
     "a tensor": (lambda: saved(torch.ones(2)).getvalue(), "it holds Tensor, not a state dict"),
     "a list": (lambda: saved([torch.ones(2)]).getvalue(), "it holds list, not a state dict"),
     "a number": (lambda: saved({**STATE, "epoch": 3}).getvalue(), "'epoch' is int, not a tensor"),
-    "a number as name": (lambda: saved({3: torch.ones(1)}).getvalue(), "3 is Tensor"),
+    "a number as name": (lambda: saved({3: torch.ones(1)}).getvalue(), "3 is no name of a tensor"),
+    "safetensors' own name": (lambda: saved({"__metadata__": torch.ones(1)}).getvalue(), "'__metadata__' is no name"),
     "nothing": (lambda: saved({}).getvalue(), "it holds no tensor"),
     "sparse": (lambda: saved({"a": torch.eye(2).to_sparse()}).getvalue(), "'a' is torch.sparse.FloatTensor, not"),
     "two of one name": (
@@ -258,6 +259,13 @@ def test_a_bomb_of_pixels_is_stopped_by_memory(tmp_path):
     with pytest.raises(StorageError, match=r"wide\.pth: its tensors take more than 256 MiB, many times"):
         convert(path, tmp_path / "out.safetensors", limits=limits(memory=2**28))
     assert not list(tmp_path.glob("*safetensors"))
+
+
+def test_tensors_that_fit_but_whose_copies_do_not_are_stopped_by_memory(tmp_path):
+    path = tmp_path / "large.pth"
+    torch.save({"a": torch.zeros(1).expand(400 * 2**18)}, path)  # 400 MiB
+    with pytest.raises(StorageError, match=r"large\.pth: its tensors take more than 1,024 MiB, many times"):
+        convert(path, tmp_path / "out.safetensors")
 
 
 def test_a_bomb_of_work_is_stopped_by_processor_time(tmp_path):

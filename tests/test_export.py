@@ -14,6 +14,7 @@ from small import PROOFS, RECIPE, make_run
 import kdcore
 from kdcore.card import KEY, Card, read_card
 from kdcore.deploy import exporters
+from kdcore.deploy.classifier import Classifier
 from kdcore.deploy.export import Match, export
 from kdcore.errors import NumericError, PluginError, RecipeError, StorageError
 from kdcore.plugins import load_plugins
@@ -147,6 +148,20 @@ def test_a_safetensors_export_is_the_delivered_file_and_can_be_exported(run, tmp
     assert (tmp_path / "a.safetensors").read_bytes() == (run / "student.safetensors").read_bytes()
     assert cli("export", tmp_path / "a.safetensors", "--batch", 2).code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt2", "a.safetensors"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_buffer_that_no_weights_file_holds_is_the_models_own(tmp_path, name):
+    class Scaled(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.register_buffer("scale", torch.full((4,), 2.0), persistent=False)
+
+        def forward(self, x):
+            return super().forward(x.flatten(1) * self.scale)
+
+    card = Card(model="own/scaled", options={}, shape=(1, 2, 2), classes=2, mean=(0.0,), std=(1.0,), scale=1)
+    exported(Classifier(Scaled(), card).eval(), name, tmp_path / "model")
 
 
 @needs_onnx

@@ -107,6 +107,14 @@ def test_a_result_of_an_earlier_process_does_not_hide_that_the_run_goes_on(root)
     assert not is_finished(root / "run")
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "half a fi", '{"cwd": 3, "store": "store"}'])
+def test_a_run_json_that_is_none_is_named(root, cli, text):
+    (root / "run" / "run.json").write_text(text)
+    done = cli("report", root / "run")
+    assert done.code == 4
+    assert "run.json: no run of kdcore" in done.err
+
+
 def test_watching_renders_what_changed_until_the_run_is_finished(root, cli, monkeypatch):
     """The page is written when something is new, not otherwise; figures of a finished stage are drawn once."""
     pages, drawn = [], []

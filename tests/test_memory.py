@@ -74,6 +74,15 @@ def test_the_hosts_own_words_for_it_are_understood(tmp_path, host, tight, monkey
         run(tmp_path, host)
 
 
+def test_pythons_own_lack_of_memory_is_understood(tmp_path, host, monkeypatch):
+    def fail(session):
+        raise MemoryError("unable to allocate 8 GiB")  # as numpy says it
+
+    monkeypatch.setattr("kdcore.training.loop._step", fail)
+    with pytest.raises(DeviceError, match="out of memory on cpu: unable to allocate 8 GiB"):
+        run(tmp_path, host)
+
+
 def test_another_runtime_error_is_no_lack_of_memory(tmp_path, host, monkeypatch):
     def fail(session):
         raise RuntimeError("shapes")

@@ -102,7 +102,7 @@ def test_a_torn_last_line_is_passed_over_and_cut_at_the_next_append(tmp_path_fac
 def test_a_line_of_rubbish_that_a_power_cut_left_hides_no_other(tmp_path):
     Record(tmp_path, pytest.fail).event(log(5, **{"student.loss": 1.0}))
     with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(b"\0\0\0\n")
+        file.write(b'\0\0\0\n17\n"time"\n{}\n')
     Record(tmp_path, pytest.fail).event(log(10, **{"student.loss": 0.5}))
     assert [line["step"] for line in read(tmp_path)] == [5, 10]
 

@@ -10,7 +10,8 @@ import typer
 
 from .. import __version__
 from ..errors import EXIT_CODES, RecipeError
-from ..plugins import OWN, PluginHost, load_plugins
+from ..origin import OWN
+from ..plugins import PluginHost, load_plugins
 from ..reading import read_table
 from .extra import add_commands
 from .host import load_host

@@ -19,6 +19,7 @@ Tell: TypeAlias = Callable[[str, int, int], None]
 """Told of progress: the split's name, samples read, samples in all."""
 
 COLOURS = (1, 3, 4)
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 LOOKED_AT_TWICE = 32
 TOLD_EVERY = 256
 ADVICE = "Leave random augmentation out of it and name it in transforms=: kdcore redraws it every epoch."
@@ -104,22 +105,35 @@ def read(given: Any, name: str, tell: Tell) -> Split:
 
 def _images(images: Any, where: str) -> Tensor:
     """[N, H, W], [N, C, H, W], or of numpy [N, H, W, C], as [N, C, H, W]."""
-    if images.ndim == 3:
-        return torch.as_tensor(images)[:, None]
-    if isinstance(images, np.ndarray) and images.ndim == 4:
-        return torch.from_numpy(np.ascontiguousarray(images)).movedim(_channel_axis(images.shape[1:], where) + 1, 1)
-    return torch.as_tensor(images)
+    found = _from_numpy(images, where) if isinstance(images, np.ndarray) else images
+    if found.ndim == 3:
+        return found[:, None]
+    if isinstance(images, np.ndarray) and found.ndim == 4:
+        return found.movedim(_channel_axis(images.shape[1:], where) + 1, 1)
+    return found
+
+
+def _from_numpy(array: np.ndarray[Any, Any], where: str) -> Tensor:
+    """A tensor of its own memory where torch cannot share the array's: one that is reversed, or cannot be written."""
+    try:
+        return torch.from_numpy(array if array.flags.c_contiguous and array.flags.writeable else array.copy("C"))
+    except TypeError as error:
+        raise DataError(f"an array of {array.dtype}", where=where, fix="Give numbers.") from error
 
 
 def _labels(labels: Any, where: str) -> Tensor:
     try:
-        return torch.as_tensor(labels)
+        found = _from_numpy(labels, where) if isinstance(labels, np.ndarray) else torch.as_tensor(labels)
+        return found.long() if found.dtype in UNSIGNED else found
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"labels are no tensor: {error}", where=where, fix="Give one class number a sample.") from error
 
 
 def _channel_axis(shape: tuple[int, ...], where: str) -> int:
     """Where the channels of a numpy image are: last, as PIL and OpenCV have them, or else first."""
+    if shape[-1] in COLOURS and shape[0] in COLOURS and shape[-1] != shape[0]:
+        what = f"the channels of an array of shape {shape} may be its first axis or its last"
+        raise DataError(what, where=where, fix="Give a tensor [C, H, W].")
     if shape[-1] in COLOURS:
         return len(shape) - 1
     if shape[0] in COLOURS:
@@ -181,7 +195,7 @@ def _image(image: Any, where: str) -> Tensor:
     if isinstance(image, Tensor):
         found = image.detach().cpu()
     elif isinstance(image, np.ndarray):
-        found = torch.from_numpy(np.ascontiguousarray(image))
+        found = _from_numpy(image, where)
     elif getattr(image, "mode", "") in ("L", "RGB", "RGBA"):
         found = torch.from_numpy(np.array(image))
     elif hasattr(image, "mode"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..card import Card, read_card
+from ..card import Card, find_model, read_card
 from ..data import DataInfo
 from ..errors import RecipeError
 from ..plan import ModelRef
@@ -76,7 +76,7 @@ def load_model(path: str | Path, *, plugin_files: Sequence[str | Path] = ()) -> 
 def classifier(path: Path, catalog: Catalog) -> Classifier:
     """As :func:`load_model`, of the models in ``catalog``."""
     card = read_card(path)
-    entry = catalog.find("model", card.model, str(path))
+    entry = find_model(card, catalog, str(path))
     ref = ModelRef(entry.full_name, entry.check(card.options, str(path)), str(path))
     network = build_model(ref, catalog, DataInfo(card.shape, card.classes), seed=0)
     if not classifies(network):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..card import KEY
 from ..errors import PluginError
@@ -38,8 +38,8 @@ class SafetensorsExporter:
 
     def load(self, path: Path, module: Classifier) -> Callable[[Tensor], Tensor]:
         twin = copy.deepcopy(module)
-        for tensor in (*twin.network.parameters(), *twin.network.buffers()):
-            nn.init.zeros_(tensor)
+        for tensor in twin.network.state_dict().values():  # buffers that no file holds are made by the model
+            tensor.zero_()
         load_weights(twin.network, path, "the exported file")
         return twin
 

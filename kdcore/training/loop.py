@@ -76,7 +76,7 @@ def _attempt(
         session = opened()
         _train(session, inputs, stopped, again)
         return finish(session)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not memory.is_exhausted(error):
             raise
         return memory.next_try(job, catalog, session, error)

@@ -32,9 +32,9 @@ class Again:
     step: int
 
 
-def is_exhausted(error: RuntimeError) -> bool:
+def is_exhausted(error: Exception) -> bool:
     """True if a device or the host had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or CPU_WORDS in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_WORDS in str(error)
 
 
 def release() -> None:
@@ -44,7 +44,7 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def next_try(job: Job, catalog: Catalog, session: Session | None, error: RuntimeError) -> Again:
+def next_try(job: Job, catalog: Catalog, session: Session | None, error: Exception) -> Again:
     """What the recipe's failure policy decides.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import NumericError, PluginError, StorageError
 from ..plan import Json
@@ -146,11 +146,24 @@ def _parts(learner: Learner) -> dict[str, dict[str, Tensor]]:
     if not learner.terms:  # frozen for good, but its buffers may be a memory bank
         return {"buffers": dict(learner.module.named_buffers())}
     parts = {"model": learner.module.state_dict(), "best": learner.best_state or {}}
+    parts["buffers"] = _transient(learner.module)
     if learner.ema is not None:
-        parts["ema"] = learner.ema.state_dict()
+        parts |= {"ema": learner.ema.state_dict(), "ema.buffers": _transient(learner.ema)}
     if learner.optimizer is not None:
         parts["optimizer"] = dict(_optimizer_tensors(learner.optimizer))
     return parts | {f"term.{term.label}": term.module.state_dict() for term in learner.terms}
+
+
+def _transient(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are no part of its state_dict, but may change in training."""
+    kept = module.state_dict()
+    return {name: buffer for name, buffer in module.named_buffers() if name not in kept}
+
+
+def _restore_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    own = dict(module.named_buffers())
+    for name, tensor in saved.items():
+        own[name].copy_(tensor)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
@@ -179,13 +192,14 @@ def _numbers(optimizer: torch.optim.Optimizer | None) -> dict[str, Json]:
 def _restore(learner: Learner, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     learner.dropped, learner.passes, learner.curve = saved["dropped"], saved["passes"], saved["curve"]
     learner.best = (saved["best"][0], saved["best"][1])
+    _restore_buffers(learner.module, _under(tensors, f"{learner.name}/buffers/"))
     if not learner.terms:
-        learner.module.load_state_dict(_under(tensors, f"{learner.name}/buffers/"), strict=False)
         return
     learner.module.load_state_dict(_under(tensors, f"{learner.name}/model/"))
     learner.best_state = {n: t.cpu() for n, t in _under(tensors, f"{learner.name}/best/").items()} or None
     if learner.ema is not None:
         learner.ema.load_state_dict(_under(tensors, f"{learner.name}/ema/"))
+        _restore_buffers(learner.ema, _under(tensors, f"{learner.name}/ema.buffers/"))
     for term in learner.terms:
         term.module.load_state_dict(_under(tensors, f"{learner.name}/term.{term.label}/"))
     if learner.optimizer is not None:
