@@ -54,7 +54,7 @@ def run(
         jobs: stages at once; default: the recipe's.
         plugins: modules, classes or objects whose attributes implement hooks, for this call alone.
         plugin_files: Python files that are loaded as plugins.
-        quiet: print nothing.
+        quiet: print nothing but a plugin that fails.
         strict: a preflight warning ends the run.
 
     Returns:
@@ -140,7 +140,7 @@ def distill(
         store: the store; default: ``root/store``.
         plugins: as in :func:`run`.
         plugin_files: as in :func:`run`.
-        quiet: print nothing.
+        quiet: print nothing but a plugin that fails.
         strict: a preflight warning ends the run.
         **more: further keys of a recipe, its ``data`` and its ``train``: ``threads=1``, ``device="cuda"``,
             ``warmup_epochs=2``, ``keep="best"``, ``drop_last=True``.

@@ -34,10 +34,12 @@ class ModuleOptions(Options):
     Args:
         content: its key.
         size: number of parameters, for people.
+        given: its weights are worth something: a teacher is used as it is.
     """
 
     content: str
     size: str
+    given: bool = False
 
 
 class DataOptions(Options):

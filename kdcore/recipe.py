@@ -12,6 +12,7 @@ from pydantic import ConfigDict, model_validator
 from .card import find_card, find_model
 from .errors import RecipeError, StorageError
 from .options import Field, Options, Plain, shown, validate
+from .origin import OWN
 from .overrides import override, read
 from .plan import Json, ModelRef, OptimizerSpec, RunView, Schedule, SourceSpec, Spec, Stage, Term
 from .registry import Catalog, Entry
@@ -45,7 +46,6 @@ class ModelTable(Table):
     name_key: ClassVar[str] = "model"
     model: str | None = Field(None, description='a model, e.g. { model = "cnn", size = 3 }')
     weights: str | None = Field(None, description="the path of a .safetensors file")
-    given: bool = Field(False, description="true if the model is built with its weights, so that no teacher is trained")
 
     @model_validator(mode="before")
     @classmethod
@@ -206,7 +206,8 @@ def _model(table: ModelTable, catalog: Catalog, where: str) -> ModelRef:
     if told is not None and spec != told:
         what = f"{_shown(spec)} is not what {table.weights} holds, which is {_shown(told)}"
         raise RecipeError(what, where=where, fix="Leave model and options out; the file says them.")
-    return ModelRef(spec.name, spec.options, table.weights, table.given)
+    given = spec.name.startswith(f"{OWN}/") and bool(spec.options["given"])  # it is built with its weights
+    return ModelRef(spec.name, spec.options, table.weights, given)
 
 
 def _told(path: str, catalog: Catalog, where: str) -> Spec | None:
