@@ -56,11 +56,16 @@ class Progress:
 
 
 def is_finished(folder: Path) -> bool:
-    """True if result.json is of the last process that began, or went on with, the run."""
+    """True if result.json is of the last process that began, or went on with, the run.
+
+    Also if it cannot be read: whoever wants what it says gets the error then, and not the page of a run that goes on.
+    """
     try:
         finished = str(read_table(folder / "result.json")["run"]["finished"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
         return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
     begun = [line["time"] for line in read(folder) if line["kind"] == "run"]
     return not begun or finished[:19] >= begun[-1][:19]  # whole seconds: result.json has no others
 
