@@ -292,7 +292,7 @@ def test_a_run_that_met_a_full_disk_goes_on_to_the_same_weights(tmp_path, whole,
         make_run(tmp_path / "probe", host=host, sets=SETS).execute()
     for number in range(2, disk.count, disk.count // 9):
         root = tmp_path / str(number)
-        with failing_disk(number, 3), pytest.raises(StorageError) as found:
+        with failing_disk(number, 1000), pytest.raises(StorageError) as found:
             make_run(root, host=host, sets=SETS).execute()
         assert str(root) in found.value.where
         make_run(root, host=host, sets=SETS).execute()
