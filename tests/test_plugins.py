@@ -179,6 +179,26 @@ def test_plugin_cannot_take_the_name_of_the_core(install: Callable[..., Path]) -
     assert host.catalog.find("loss", "core/kd").origin.plugin == "core"  # full names of stored plans still work
 
 
+def test_an_object_that_answers_to_any_name_breaks_no_plugin(install: Callable[..., Path]) -> None:
+    source = """
+    import kdcore
+
+    class Lookup:
+        def __getattr__(self, name):
+            return {}[name]
+
+    settings = Lookup()
+
+    @kdcore.hookimpl
+    def kdcore_register(registry):
+        registry.model("m", "m:m")
+    """
+    install("lookup", source)
+    host = load_plugins()
+    assert host.broken == {}
+    assert host.catalog.find("model", "m").origin.plugin == "lookup"
+
+
 def test_prints_at_import_go_to_stderr(install: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     install("acme", "print('hello')\n" + GOOD)
     assert "acme" in load_plugins().origins
