@@ -11,7 +11,7 @@ from unittest import SkipTest
 import pytest
 import torch
 import torch.nn.functional as F
-from mutants import SOUND, subject
+from mutants import SOUND, plugin_source, subject
 from small import PROOFS
 from torch import nn
 
@@ -115,7 +115,30 @@ class Memory(nn.Module):
         return -(wanted * F.log_softmax(logits, 1)).sum(1).mean()
 
 
-@parametrize_with_checks(*(Subject("loss", loss.__name__, loss) for loss in (Relations, Same, Memory)))
+class Masked(nn.Module):
+    """Hides a random part of each sample's map, as masked generative distillation does, behind an adapter."""
+
+    needs: ClassVar = frozenset({"taps"})
+
+    def __init__(self, own, other):
+        super().__init__()
+        self.adapter = nn.Conv2d(own, other, 3, padding=1)
+
+    @staticmethod
+    def taps(options):
+        return ("stage1",), ("stage1",)
+
+    @classmethod
+    def build(cls, shapes, options):
+        return cls(shapes.student["stage1"][0], shapes.teacher["stage1"][0])
+
+    def forward(self, student, teacher, batch):
+        own, other = (side.taps["stage1"].to(self.adapter.weight.dtype) for side in (student, teacher))
+        shown = torch.rand(len(own), 1, *own.shape[2:], device=own.device) < 0.5
+        return F.mse_loss(self.adapter(own * shown), other.detach())
+
+
+@parametrize_with_checks(*(Subject("loss", loss.__name__, loss) for loss in (Relations, Same, Memory, Masked)))
 def test_losses_of_other_sorts_conform(check):
     check()
 
@@ -157,6 +180,12 @@ def test_strategies_and_controllers_of_streams_swaps_and_two_players_conform(pro
 def test_a_plugin_that_imports_torch_at_once_is_told(proofs):
     (failed,) = [v for v in verdicts(proofs[0]) if v.state == "failed"]
     assert failed.check.name == "imports-no-torch"
+
+
+def test_a_plugin_that_seeds_numpy_when_it_is_imported_is_told(plugin_file):
+    source = plugin_source().replace("import kdcore", "import kdcore\nimport numpy\nnumpy.random.seed(0)")
+    (failed,) = [v for v in verdicts(subjects_of(load_file(plugin_file("seeds", source)))[0]) if v.state == "failed"]
+    assert failed.check.name == "leaves-random-numbers"
 
 
 # ---------------------------------------------------------------- the kit itself

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -151,13 +152,28 @@ class Made:
         return make_up(self.shapes, self.loss, self.options, **how)
 
 
+@contextmanager
+def seeded() -> Iterator[None]:
+    """One seed for torch's global generator, as the framework sets one for each step; put back after the block."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 def value(module: nn.Module, given: Given) -> Tensor:
     """What a loss gives, dicts summed: from a copy of the module, under one seed, so that calls do not depend on the
     ones before.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         return total(copy.deepcopy(module)(given.student, given.teacher, given.batch))
+
+
+def draws(module: nn.Module, given: Given) -> bool:
+    """True if a loss draws random numbers, which samples get by their place in the batch."""
+    with seeded():
+        before = torch.get_rng_state()
+        copy.deepcopy(module)(given.student, given.teacher, given.batch)
+        return not torch.equal(torch.get_rng_state(), before)
 
 
 def total(found: Any) -> Tensor:
