@@ -89,6 +89,29 @@ class Same(nn.Module):
         return F.mse_loss(a.double(), b.double()).to(torch.promote_types(a.dtype, torch.float32))
 
 
+class Tokens(nn.Module):
+    """Compares how tokens [T, D] of a transformer relate to each other."""
+
+    needs: ClassVar = frozenset({"taps"})
+
+    @staticmethod
+    def taps(options):
+        return ("block",), ("block",)
+
+    @classmethod
+    def build(cls, shapes, options):
+        assert len(shapes.student["block"]) == 2
+        return cls()
+
+    def forward(self, student, teacher, batch):
+        own, other = (self.relations(side.taps["block"]) for side in (student, teacher))
+        return F.mse_loss(own, other.detach())
+
+    def relations(self, tokens):
+        tokens = F.normalize(tokens if tokens.dtype == torch.float64 else tokens.float(), dim=2)
+        return tokens @ tokens.transpose(1, 2)
+
+
 class Memory(nn.Module):
     """Remembers each sample's logits of the last epoch (self-distillation on labels alone), by its index."""
 
@@ -138,7 +161,7 @@ class Masked(nn.Module):
         return F.mse_loss(self.adapter(own * shown), other.detach())
 
 
-@parametrize_with_checks(*(Subject("loss", loss.__name__, loss) for loss in (Relations, Same, Memory, Masked)))
+@parametrize_with_checks(*(Subject("loss", loss.__name__, loss) for loss in (Relations, Same, Tokens, Memory, Masked)))
 def test_losses_of_other_sorts_conform(check):
     check()
 

@@ -17,7 +17,7 @@ from ..outputs import Outputs, Shapes
 
 Change: TypeAlias = Callable[[Tensor], Tensor]
 CLASSES, ROWS, SAMPLES = 5, 6, 64
-VECTOR, MAP = ((6,), (8,)), ((4, 4, 4), (6, 4, 4))  # shapes of the student's tap and of the teacher's
+VECTOR, MAP, TOKENS = ((6,), (8,)), ((4, 4, 4), (6, 4, 4)), ((5, 6), (5, 8))  # shapes of student's and teacher's tap
 
 
 def build(loss: Any, options: Options, seed: int = 0) -> nn.Module:
@@ -54,13 +54,12 @@ def _candidates(loss: Any, options: Options) -> Iterator[Shapes]:
     """Shapes of taps to try: maps and vectors by name, then all of a kind; different widths, then equal ones."""
     own, other = loss.taps(options) if "taps" in loss.needs else ((), ())
 
-    def shapes(names: Sequence[str], maps: bool | None, teacher: bool) -> dict[str, tuple[int, ...]]:
-        is_map = {name: name != "pooled" if maps is None else maps for name in names}
-        return {name: (MAP if is_map[name] else VECTOR)[teacher] for name in names}
+    def shapes(names: Sequence[str], kind: Any, teacher: bool) -> dict[str, tuple[int, ...]]:
+        return {name: (kind or (VECTOR if name == "pooled" else MAP))[teacher] for name in names}
 
     for teacher in (True, False):
-        for maps in (None, True, False) if own or other else (None,):
-            yield Shapes(CLASSES, SAMPLES, shapes(own, maps, False), shapes(other, maps, teacher))
+        for kind in (None, MAP, VECTOR, TOKENS) if own or other else (None,):
+            yield Shapes(CLASSES, SAMPLES, shapes(own, kind, False), shapes(other, kind, teacher))
 
 
 @dataclass(frozen=True)
