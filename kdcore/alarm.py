@@ -46,7 +46,11 @@ def limited(seconds: float) -> Iterator[None]:
         yield
         return
 
+    over = False
+
     def ring(number: int, frame: object) -> None:
+        if over:  # it rang while the former handler was put back, which has to be done to its end
+            return
         raise HangError(f"not loaded after {seconds:g} s; {VARIABLE} sets another limit")
 
     started = time.monotonic()
@@ -55,6 +59,7 @@ def limited(seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
+        over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         if delay:

@@ -16,6 +16,8 @@ from .reading import MOST, open_plain, parse_json
 
 INDEX = "INDEX.json"  # comes first; a tar that is cut between two results is told by it, not by tarfile
 _MEMBER = re.compile(r"([0-9a-f]{64})(/[^/\\]+)?")
+# tarfile follows a chain of long names by recursion
+_NO_PACK = (StorageError, tarfile.TarError, ValueError, KeyError, TypeError, EOFError, RecursionError)
 
 
 def pack(results: Path, keys: list[str], target: Path) -> None:
@@ -53,23 +55,22 @@ def extract(source: Path, target: Path) -> list[str]:
     """
     try:
         with open_plain(source) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            keys, members = _read_index(tar)
-            _check_sizes(members, os.fstat(file.fileno()).st_size)
+            keys, members = _read_index(tar, os.fstat(file.fileno()).st_size)
             tar.extractall(target, members=members, filter="data")
         for key in keys:
             verify(target / key)
         return keys
     except OSError as error:
         raise storage_error(error, Path(error.filename or target), 0) from error
-    except (StorageError, tarfile.TarError, ValueError, KeyError, TypeError, EOFError) as error:
+    except _NO_PACK as error:
         what = error.what if isinstance(error, StorageError) else str(error)
         fix = "Make it again with kdcore store pack."
         raise StorageError(f"not a whole pack: {what}", where=str(source), fix=fix) from error
 
 
-def _read_index(tar: tarfile.TarFile) -> tuple[list[str], list[tarfile.TarInfo]]:
+def _read_index(tar: tarfile.TarFile, size: int) -> tuple[list[str], list[tarfile.TarInfo]]:
     try:
-        members = tar.getmembers()
+        members = [_in_bounds(member, size) for member in tar]
     except OSError as error:  # it points beyond what any file can hold
         raise ValueError(str(error)) from error
     file = tar.extractfile(members[0]) if members and members[0].name == INDEX else None
@@ -84,11 +85,15 @@ def _read_index(tar: tarfile.TarFile) -> tuple[list[str], list[tarfile.TarInfo]]
     return sorted(found), members[1:]
 
 
-def _check_sizes(members: list[tarfile.TarInfo], size: int) -> None:
-    """Before a byte is written: a header may promise more than there is, or holes that fill a disk."""
-    for member in members:
-        if member.issparse() or member.offset_data + member.size > size:
-            raise ValueError(f"{member.name!r} claims {member.size:,} bytes that are not there")
+def _in_bounds(member: tarfile.TarInfo, size: int) -> tarfile.TarInfo:
+    """The member, before a byte is written and before the next header is read.
+
+    A header may promise more than there is, holes that fill a disk, or a negative size, which leads tarfile back to the
+    same header for ever.
+    """
+    if member.issparse() or member.size < 0 or member.offset_data + member.size > size:
+        raise ValueError(f"{member.name!r} claims {member.size:,} bytes that are not there")
+    return member
 
 
 def _key(member: tarfile.TarInfo) -> str:

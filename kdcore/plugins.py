@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import EntryPoint
+from inspect import isroutine
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -207,7 +208,7 @@ def _check_hooks(module: Any) -> None:
     marked = 0
     names = vars(module) if isinstance(module, ModuleType) else dir(module)
     for name, value in [(name, getattr(module, name)) for name in names]:
-        options = getattr(value, "kdcore_impl", None)
+        options = getattr(value, "kdcore_impl", None) if isroutine(value) else None  # others may answer to any name
         if isinstance(options, dict):
             marked += 1
             _check_hook(options.get("specname") or name, options, known)

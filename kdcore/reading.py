@@ -16,8 +16,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-MOST = 1 << 28
-"""Bytes of the largest text that is read whole; curves of a million epochs have fewer."""
+MOST = 1 << 26
+"""Bytes of the largest text that is read whole: parsed, it may take thirty times as much memory."""
 MOST_HEADER = 1 << 22
 """Bytes of the largest header of a safetensors file; 30,000 tensors need 3 MB."""
 

@@ -106,15 +106,16 @@ class Store:
     def save_checkpoint(self, key: str, step: int, files: Mapping[str, bytes]) -> Path:
         """Commits a checkpoint and drops all but the last two."""
         folder = self.root / "unfinished" / key
-        name = f"ckpt-{step:08d}"
-        if (folder / name).is_dir():
-            if self._sound(folder / name):
-                return folder / name  # the same step has the same bits
-            remove_folder(folder / name)
-        commit(folder, name, files)
+        path = folder / f"ckpt-{step:08d}"
+        there = path.is_dir()
+        if there and not self._sound(path):
+            remove_folder(path)
+            there = False
+        if not there:  # the same step has the same bits
+            commit(folder, path.name, files)
         for old in self._checkpoints(key)[:-KEPT_CHECKPOINTS]:
             remove_folder(old)
-        return folder / name
+        return path
 
     def checkpoint(self, key: str) -> Path | None:
         """The newest checkpoint that verifies; damaged ones are set aside."""

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import kdcore
+import kdcore.data
+import kdcore.losses
 from kdcore import hookspecs, registry
 
 RECORD = Path(__file__).parent / "hooks.json"
@@ -34,7 +36,7 @@ Contract: TypeAlias = dict[str, Any]
 
 def contract() -> Contract:
     """The contract as the sources state it now."""
-    public = {name: getattr(kdcore, name) for name in kdcore.__all__}
+    public = dict(_public())
     protocols = {name: value for name, value in public.items() if getattr(value, "_is_protocol", False)}
     called = {name: value for name, value in public.items() if name not in protocols and _is_ours(value)}
     hooks = {name: value for name, value in vars(hookspecs).items() if name.startswith("kdcore_")}
@@ -50,6 +52,14 @@ def contract() -> Contract:
     }
 
 
+def _public() -> Iterator[tuple[str, Any]]:
+    """What plugins may import: from kdcore by its name, from the packages beside it by their path."""
+    yield from ((name, getattr(kdcore, name)) for name in kdcore.__all__)
+    for package in (kdcore.data, kdcore.losses):
+        rest = [name for name in package.__all__ if name not in kdcore.__all__]
+        yield from ((f"{package.__name__.removeprefix('kdcore.')}.{name}", getattr(package, name)) for name in rest)
+
+
 def _is_ours(value: Any) -> bool:
     return callable(value) and str(getattr(value, "__module__", "")).startswith("kdcore")
 
@@ -61,6 +71,9 @@ def _callables(name: str, value: Any) -> Iterator[tuple[str, Signature]]:
         yield name, _fields(value) if fields else _signature(value)
     if not inspect.isclass(value):
         return
+    for attribute, annotation in ({} if fields else inspect.get_annotations(value)).items():
+        if not attribute.startswith("_"):
+            yield f"{name}.{attribute}", [_row("return", annotation)]
     for attribute, member in inspect.getmembers(value):
         if isinstance(member, property) and _is_ours(member.fget):
             yield f"{name}.{attribute}", [_row("return", member.fget.__annotations__["return"])]

@@ -21,11 +21,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# imported before the fork, so that a run costs no start-up; nothing here starts threads
-import torch  # noqa: F401
+# imported before the fork, so that a run costs no start-up: most of its seconds, in which a signal meets nothing of
+# interest; nothing here starts threads
+import jinja2  # noqa: F401
+import matplotlib.figure  # noqa: F401
+import sklearn.datasets  # noqa: F401
+import torch._dynamo  # noqa: F401
 
 import kdcore.files
-import kdcore.report
+import kdcore.report.page
+import kdcore.runner
 import kdcore.training.loop
 from kdcore.cli import main
 

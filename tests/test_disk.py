@@ -81,9 +81,14 @@ def test_a_full_disk_at_any_operation_of_a_whole_run_is_a_storage_error_and_the_
         make_run(tmp_path / "probe", host=host, sets=SETS).execute()
     assert disk.count > 60
     for number in range(1, disk.count + 1):
-        root = tmp_path / str(number)
-        with failing_disk(number, 1000), pytest.raises(StorageError, match="No space left on device"):
-            make_run(root, host=host, sets=SETS).execute()
+        root, length = tmp_path / str(number), (3, 1000)[number % 2]  # room returns, or does not
+        try:
+            with failing_disk(number, length):
+                make_run(root, host=host, sets=SETS).execute()
+        except StorageError:
+            pass
+        else:  # what only people read is no reason to end: records in the middle, and what comes last
+            assert length == 3 or number > disk.count - 6
         check_folder(root)
         make_run(root, host=host, sets=SETS).execute()
         assert weights(root) == weights(whole), number

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from contract import ANYWHERE, RECORD, contract, lines, noticed, record, recorded, verdict
 
+import kdcore.data
+import kdcore.losses
 from kdcore import hookspecs
 from kdcore.registry import KINDS, REQUIRED, Registrar
 
@@ -28,6 +30,9 @@ def test_the_record_holds_every_hook_every_kind_and_every_protocol() -> None:
         name for name in found["called"] if name.startswith("Registrar.")
     }
     assert set(KINDS) == {name for name in vars(Registrar) if not name.startswith("_")}
+    assert {"StepContext.step", "StepContext.trained", "StepContext.sources"} <= set(found["called"])
+    beside = {f"{package}.{name}" for package in ("data", "losses") for name in getattr(kdcore, package).__all__}
+    assert {name for name in beside if name.partition(".")[2] not in kdcore.__all__} <= set(found["names"])
     protocols = {name.partition(".")[0] for name in found["implemented"]}
     assert protocols == {"Controller", "Executor", "Exporter", "FailurePolicy", "Loss", "Source", "Strategy"}
     required = {(kind.title().replace("_", ""), name) for kind, names in REQUIRED.items() for name in names}

@@ -361,6 +361,32 @@ def test_a_pack_with_tricks_is_refused_before_a_byte_is_written(attack, ground, 
     assert {path for path in made if "leases" not in path.parts} == {source}
 
 
+def negative(entry: tarfile.TarInfo, size: int) -> bytes:
+    """Its header, which says that it has ``size`` bytes: tarfile itself writes none below 0."""
+    data = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    data[124:136] = (size % (1 << 96)).to_bytes(12, "big")
+    data[148:156] = b" " * 8
+    data[148:156] = f"{sum(data):06o}\0 ".encode()
+    return bytes(data)
+
+
+ENDLESS = {
+    "a file that leads back to its own header": negative(member(KEY), -512),
+    "a file of an unknown kind that leads back to the index": negative(member(f"{KEY}/x", b"Z"), -1024),
+    "a chain of long names": member("././@LongLink", tarfile.GNUTYPE_LONGNAME).tobuf(tarfile.GNU_FORMAT) * 3000,
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_pack_without_an_end_is_refused(attack, ground, kind):
+    source = pack(ground / "evil.tar", SOUND_INDEX)
+    index = source.read_bytes()[:1024]  # a header and a block
+    source.write_bytes(index + ENDLESS[kind] + bytes(10240))
+    done = attack("store", "unpack", source)
+    assert done.code == 4
+    assert "not a whole pack" in done.err
+
+
 @pytest.mark.parametrize(
     "index", [b"", DEEP, b"[]", b"{}", b"null", pickle.dumps(1), b'{"format": 1, "keys": [[1]]}', b'{"format": NaN}'],
     ids=lambda text: text[:9],

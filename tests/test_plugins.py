@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Done
 
+from kdcore.alarm import limited
 from kdcore.errors import PluginError, RecipeError
 from kdcore.plugins import load_plugins
 
@@ -179,6 +180,26 @@ def test_plugin_cannot_take_the_name_of_the_core(install: Callable[..., Path]) -
     assert host.catalog.find("loss", "core/kd").origin.plugin == "core"  # full names of stored plans still work
 
 
+def test_an_object_that_answers_to_any_name_breaks_no_plugin(install: Callable[..., Path]) -> None:
+    source = """
+    import kdcore
+
+    class Lookup:
+        def __getattr__(self, name):
+            return {}[name]
+
+    settings = Lookup()
+
+    @kdcore.hookimpl
+    def kdcore_register(registry):
+        registry.model("m", "m:m")
+    """
+    install("lookup", source)
+    host = load_plugins()
+    assert host.broken == {}
+    assert host.catalog.find("model", "m").origin.plugin == "lookup"
+
+
 def test_prints_at_import_go_to_stderr(install: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     install("acme", "print('hello')\n" + GOOD)
     assert "acme" in load_plugins().origins
@@ -209,6 +230,21 @@ def test_a_timer_of_the_caller_rings_though_a_plugin_was_loaded_meanwhile(instal
     finally:
         signal.signal(signal.SIGALRM, before)
     assert rung == [1]
+
+
+def test_an_alarm_that_rings_while_the_limit_ends_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, before = signal.setitimer, signal.getsignal(signal.SIGALRM)
+
+    def ringing(which: int, seconds: float, interval: float = 0.0) -> tuple[float, float]:
+        if not seconds:
+            signal.raise_signal(signal.SIGALRM)
+        return real(which, seconds, interval)
+
+    monkeypatch.setattr(signal, "setitimer", ringing)
+    with limited(60):
+        pass
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_in_another_thread_there_is_no_limit_and_no_error(install: Callable[..., Path]) -> None:

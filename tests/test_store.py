@@ -188,6 +188,21 @@ def make_newer(path: Path) -> None:
     path.write_text(json.dumps({**body, "sha256": _seal(body)}))
 
 
+def test_a_checkpoint_whose_name_came_through_though_its_sync_failed_counts_when_old_ones_are_dropped(tmp_path):
+    with failing_disk() as disk:
+        Store(tmp_path / "probe").save_checkpoint(KEY, 1, FILES)
+        makes_folders = disk.count
+        Store(tmp_path / "probe").save_checkpoint(KEY, 2, FILES)
+    store = Store(tmp_path / "store")
+    for step in (1, 2):
+        store.save_checkpoint(KEY, step, FILES)
+    with failing_disk(first=disk.count - makes_folders), pytest.raises(StorageError):  # the last: its rename is done
+        store.save_checkpoint(KEY, 3, FILES)
+    assert len(list((store.root / "unfinished" / KEY).glob("ckpt-*"))) == 3
+    assert Store(store.root).save_checkpoint(KEY, 3, FILES) == store.checkpoint(KEY)
+    assert len(list((store.root / "unfinished" / KEY).glob("ckpt-*"))) == 2
+
+
 def test_a_checkpoint_of_a_newer_format_is_not_used_and_is_replaced(store):
     folder = store.save_checkpoint(KEY, 1, FILES)
     make_newer(folder / MANIFEST)
@@ -277,7 +292,7 @@ def test_a_run_that_met_a_full_disk_goes_on_to_the_same_weights(tmp_path, whole,
         make_run(tmp_path / "probe", host=host, sets=SETS).execute()
     for number in range(2, disk.count, disk.count // 9):
         root = tmp_path / str(number)
-        with failing_disk(number, 10**6), pytest.raises(StorageError) as found:
+        with failing_disk(number, 1000), pytest.raises(StorageError) as found:
             make_run(root, host=host, sets=SETS).execute()
         assert str(root) in found.value.where
         make_run(root, host=host, sets=SETS).execute()

@@ -65,9 +65,10 @@ def test_ten_observers_that_draw_and_seed_change_no_weight_no_curve_and_no_rando
         results[name] = make_run(tmp_path / name, sets=sets, host=host).execute()
         assert not count or random_state() == before  # the first run imports modules, of which one draws
         assert not host.muted
-        assert sum(plugin.startswith("observer_") for plugin in host.origins) == count
-        for number in range(count):
-            assert set(host.manager.get_plugin(f"observer_{number}").calls) == set(HOOKS)
+        own = [host.manager.get_plugin(plugin) for plugin in host.origins if plugin.startswith("observer_")]
+        assert len(own) == count  # others may be installed
+        for plugin in own:
+            assert set(plugin.calls) == set(HOOKS)
     assert weights(tmp_path / "none") == weights(tmp_path / "ten")
     assert weights(tmp_path / "none", "teacher") == weights(tmp_path / "ten", "teacher")
     curves = [

@@ -11,7 +11,7 @@ from unittest import SkipTest
 import pytest
 import torch
 import torch.nn.functional as F
-from mutants import SOUND, subject
+from mutants import SOUND, plugin_source, subject
 from small import PROOFS
 from torch import nn
 
@@ -89,6 +89,29 @@ class Same(nn.Module):
         return F.mse_loss(a.double(), b.double()).to(torch.promote_types(a.dtype, torch.float32))
 
 
+class Tokens(nn.Module):
+    """Compares how tokens [T, D] of a transformer relate to each other."""
+
+    needs: ClassVar = frozenset({"taps"})
+
+    @staticmethod
+    def taps(options):
+        return ("block",), ("block",)
+
+    @classmethod
+    def build(cls, shapes, options):
+        assert len(shapes.student["block"]) == 2
+        return cls()
+
+    def forward(self, student, teacher, batch):
+        own, other = (self.relations(side.taps["block"]) for side in (student, teacher))
+        return F.mse_loss(own, other.detach())
+
+    def relations(self, tokens):
+        tokens = F.normalize(tokens if tokens.dtype == torch.float64 else tokens.float(), dim=2)
+        return tokens @ tokens.transpose(1, 2)
+
+
 class Memory(nn.Module):
     """Remembers each sample's logits of the last epoch (self-distillation on labels alone), by its index."""
 
@@ -115,7 +138,58 @@ class Memory(nn.Module):
         return -(wanted * F.log_softmax(logits, 1)).sum(1).mean()
 
 
-@parametrize_with_checks(*(Subject("loss", loss.__name__, loss) for loss in (Relations, Same, Memory)))
+class Masked(nn.Module):
+    """Hides a random part of each sample's map, as masked generative distillation does, behind an adapter."""
+
+    needs: ClassVar = frozenset({"taps"})
+
+    def __init__(self, own, other):
+        super().__init__()
+        self.adapter = nn.Conv2d(own, other, 3, padding=1)
+
+    @staticmethod
+    def taps(options):
+        return ("stage1",), ("stage1",)
+
+    @classmethod
+    def build(cls, shapes, options):
+        return cls(shapes.student["stage1"][0], shapes.teacher["stage1"][0])
+
+    def forward(self, student, teacher, batch):
+        own, other = (side.taps["stage1"].to(self.adapter.weight.dtype) for side in (student, teacher))
+        shown = torch.rand(len(own), 1, *own.shape[2:], device=own.device) < 0.5
+        return F.mse_loss(self.adapter(own * shown), other.detach())
+
+
+class Learned(nn.Module):
+    """A temperature that is trained; its option is where it starts."""
+
+    needs: ClassVar = frozenset({"logits"})
+    fixed: ClassVar = frozenset({"start"})
+
+    class Options(kdcore.Options):
+        start: float = kdcore.Field(4.0, gt=0, description="the first temperature")
+
+    def __init__(self, start):
+        super().__init__()
+        self.log_temperature = nn.Parameter(torch.tensor(start).log())
+
+    @classmethod
+    def build(cls, shapes, options):
+        return cls(options.start)
+
+    def forward(self, student, teacher, batch):
+        own, other = (
+            F.log_softmax(side.logits.to(torch.promote_types(side.logits.dtype, torch.float32)) / t, 1)
+            for side, t in ((student, self.log_temperature.exp()), (teacher, 4.0))
+        )
+        return F.kl_div(own, other.detach(), log_target=True, reduction="batchmean")
+
+
+SORTS = (Relations, Same, Tokens, Memory, Masked, Learned)
+
+
+@parametrize_with_checks(*(Subject("loss", loss.__name__, loss) for loss in SORTS))
 def test_losses_of_other_sorts_conform(check):
     check()
 
@@ -157,6 +231,12 @@ def test_strategies_and_controllers_of_streams_swaps_and_two_players_conform(pro
 def test_a_plugin_that_imports_torch_at_once_is_told(proofs):
     (failed,) = [v for v in verdicts(proofs[0]) if v.state == "failed"]
     assert failed.check.name == "imports-no-torch"
+
+
+def test_a_plugin_that_seeds_numpy_when_it_is_imported_is_told(plugin_file):
+    source = plugin_source().replace("import kdcore", "import kdcore\nimport numpy\nnumpy.random.seed(0)")
+    (failed,) = [v for v in verdicts(subjects_of(load_file(plugin_file("seeds", source)))[0]) if v.state == "failed"]
+    assert failed.check.name == "leaves-random-numbers"
 
 
 # ---------------------------------------------------------------- the kit itself

@@ -16,7 +16,7 @@ from kdcore.cli import main
 from kdcore.plugins import load_plugins
 
 PLUGIN = Path(__file__).parent / "pair_plugin.py"
-SETS = ("train.epochs=20", "data.batch_size=64", "execute.checkpoint_seconds=0", "strategy.name='pair'")
+SETS = ("train.epochs=5", "data.batch_size=64", "execute.checkpoint_seconds=0", "strategy.name='pair'")
 RECIPE = """
 strategy = { name = "pair" }
 threads = 1
@@ -34,17 +34,19 @@ def host():
 
 
 class Killer(Quiet):
-    """Kills the worker of the first stage when it has a checkpoint."""
+    """Kills the worker of the first stage when it has a checkpoint; removes the file that holds it there."""
 
-    def __init__(self, processes: list[subprocess.Popen]) -> None:
+    def __init__(self, processes: list[subprocess.Popen], hold: Path) -> None:
         super().__init__()
-        self.processes = processes
+        self.processes, self.hold = processes, hold
         self.last_words: dict = {}
 
     def handle(self, event) -> None:
         super().handle(event)
         if event["kind"] == "checkpoint" and event["name"] == "mlp-2 on labels" and not self.last_words:
             self.processes[0].kill()
+            self.processes[0].wait()
+            self.hold.unlink()
             self.last_words = dict(event)
 
 
@@ -59,11 +61,14 @@ def alone(tmp_path_factory, host):
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, host):
     """The same run with two workers, one of which was killed."""
-    made = make_run(tmp_path_factory.mktemp("killed"), host=host, sets=SETS, jobs=2)
+    root = tmp_path_factory.mktemp("killed")
+    made = make_run(root, host=host, sets=SETS, jobs=2)
+    (root / "hold").touch()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDCORE_TEST_HOLD", str(root / "hold"))
         processes, spawn = [], pool.spawn
         patch.setattr(pool, "spawn", lambda threads: processes.append(spawn(threads)) or processes[-1])
-        made.console = Killer(processes)
+        made.console = Killer(processes, root / "hold")
         made.execute()
     assert len(processes) == 3
     return made

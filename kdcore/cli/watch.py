@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, StorageError
+from ..files import storing
 from ..progress import is_finished, look, state_of
 from ..reading import read_table
 from ..report import write, write_live
@@ -52,7 +53,9 @@ def _write(folder: Path, seconds: float, results: dict[str, Any], drawn: dict[st
 
 def _write_last(result: Path, path: Path) -> None:
     try:
-        write(read_table(result), path)
+        with storing(result):
+            found = read_table(result)
+        write(found, path)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         fix = "kdcore resume the run: it writes it again."
         raise StorageError(f"no result of kdcore: {error!r}", where=str(result), fix=fix) from error

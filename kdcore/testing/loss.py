@@ -1,10 +1,14 @@
 """Checks of losses, on made-up logits, taps and labels.
 
-Three promises are not for every loss. One that does not make them says so by an attribute of its class or module:
+Some promises are not for every loss. One that does not make them says so by an attribute of its class or module:
 
 - ``shift_invariant = False``: adding a constant to all logits of a sample changes it (it compares raw logits);
 - ``mean_over_batch = False``: a sample counts for more in a batch of others (it compares samples with each other);
-- ``exact_gradient = False``: its gradient is not that of its value (it stops the gradient somewhere).
+- ``exact_gradient = False``: its gradient is not that of its value (it stops the gradient somewhere);
+- ``fixed = frozenset({"start"})``: options that ``build`` alone reads, e.g. a first value; no knob turns them.
+
+One that draws random numbers in ``forward``, such as a mask for each sample, gives other values for samples in other
+places: the two checks that move samples do not apply to it. The framework seeds torch for every step.
 
 A loss for a step of its own, such as a generator's, which has its gradient from the teacher, is no subject of these
 checks: leave it out of what :func:`~kdcore.testing.parametrize_with_checks` gets.
@@ -24,7 +28,7 @@ from torch import Tensor
 from ..options import Options
 from ..outputs import Outputs
 from . import purity
-from .made_up import ROWS, Made, gradients, total, value
+from .made_up import ROWS, Given, Made, draws, gradients, seeded, total, value
 from .subject import Subject, advising, check, require
 
 KNOWN = frozenset({"logits", "taps", "index", "target"})
@@ -44,6 +48,13 @@ def _promising(subject: Subject, promise: str) -> Made:
     if not getattr(loss.module, promise, True):
         raise SkipTest(f"it declares {promise} = False")
     return loss
+
+
+def _given_to_move(loss: Made) -> Given:
+    given = loss.given()
+    if draws(loss.module, given):
+        raise SkipTest("it draws random numbers, which samples get by their place in the batch")
+    return given
 
 
 @check
@@ -116,7 +127,7 @@ def means_over_the_batch(subject: Subject) -> None:
     Weights and learning rates then do not depend on the batch size.
     """
     loss = _promising(subject, "mean_over_batch")
-    given = loss.given()
+    given = _given_to_move(loss)
     twice = value(loss.module, given.take(torch.arange(ROWS).repeat(2)))
     once = value(loss.module, given)
     fix = "Average over samples, or declare mean_over_batch = False."
@@ -130,7 +141,7 @@ def minds_no_order(subject: Subject) -> None:
     Batches are shuffled.
     """
     loss = made(subject)
-    given = loss.given()
+    given = _given_to_move(loss)
     turned = value(loss.module, given.take(torch.arange(ROWS).roll(1)))
     once = value(loss.module, given)
     require(_close(turned, once), f"it is {once.item():g}, in another order {turned.item():g}", "Treat samples alike.")
@@ -289,7 +300,8 @@ def compiles(subject: Subject) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(loss.again(), fullgraph=True, backend="eager")
     try:
-        found = total(compiled(given.student, given.teacher, given.batch))
+        with seeded():
+            found = total(compiled(given.student, given.teacher, given.batch))
     except torch._dynamo.exc.TorchDynamoException as error:
         fix = "Use tensor operations without .item(), print and data-dependent branches."
         raise AssertionError(f"it is not one graph: {str(error).strip().splitlines()[0]}. {fix}") from None
@@ -325,9 +337,9 @@ def knobs_take_effect(subject: Subject) -> None:
     loss = made(subject)
     given = loss.given()
     for name, now in loss.options.model_dump().items():
-        if not isinstance(now, float):
+        if not isinstance(now, float) or name in getattr(loss.loss, "fixed", ()):
             continue
-        fix = f"Keep self.{name}, and read it in forward()."
+        fix = f"Keep self.{name}, and read it in forward(); or name it in the class's `fixed`."
         require(hasattr(loss.module, name), f"it keeps no attribute {name!r} for the option of that name", fix)
         other = _changed(loss.options, name, now)
         if other is None:

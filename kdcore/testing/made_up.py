@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ from ..outputs import Outputs, Shapes
 
 Change: TypeAlias = Callable[[Tensor], Tensor]
 CLASSES, ROWS, SAMPLES = 5, 6, 64
-VECTOR, MAP = ((6,), (8,)), ((4, 4, 4), (6, 4, 4))  # shapes of the student's tap and of the teacher's
+VECTOR, MAP, TOKENS = ((6,), (8,)), ((4, 4, 4), (6, 4, 4)), ((5, 6), (5, 8))  # shapes of student's and teacher's tap
 
 
 def build(loss: Any, options: Options, seed: int = 0) -> nn.Module:
@@ -53,13 +54,12 @@ def _candidates(loss: Any, options: Options) -> Iterator[Shapes]:
     """Shapes of taps to try: maps and vectors by name, then all of a kind; different widths, then equal ones."""
     own, other = loss.taps(options) if "taps" in loss.needs else ((), ())
 
-    def shapes(names: Sequence[str], maps: bool | None, teacher: bool) -> dict[str, tuple[int, ...]]:
-        is_map = {name: name != "pooled" if maps is None else maps for name in names}
-        return {name: (MAP if is_map[name] else VECTOR)[teacher] for name in names}
+    def shapes(names: Sequence[str], kind: Any, teacher: bool) -> dict[str, tuple[int, ...]]:
+        return {name: (kind or (VECTOR if name == "pooled" else MAP))[teacher] for name in names}
 
     for teacher in (True, False):
-        for maps in (None, True, False) if own or other else (None,):
-            yield Shapes(CLASSES, SAMPLES, shapes(own, maps, False), shapes(other, maps, teacher))
+        for kind in (None, MAP, VECTOR, TOKENS) if own or other else (None,):
+            yield Shapes(CLASSES, SAMPLES, shapes(own, kind, False), shapes(other, kind, teacher))
 
 
 @dataclass(frozen=True)
@@ -151,13 +151,28 @@ class Made:
         return make_up(self.shapes, self.loss, self.options, **how)
 
 
+@contextmanager
+def seeded() -> Iterator[None]:
+    """One seed for torch's global generator, as the framework sets one for each step; put back after the block."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 def value(module: nn.Module, given: Given) -> Tensor:
     """What a loss gives, dicts summed: from a copy of the module, under one seed, so that calls do not depend on the
     ones before.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         return total(copy.deepcopy(module)(given.student, given.teacher, given.batch))
+
+
+def draws(module: nn.Module, given: Given) -> bool:
+    """True if a loss draws random numbers, which samples get by their place in the batch."""
+    with seeded():
+        before = torch.get_rng_state()
+        copy.deepcopy(module)(given.student, given.teacher, given.batch)
+        return not torch.equal(torch.get_rng_state(), before)
 
 
 def total(found: Any) -> Tensor:

@@ -16,6 +16,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy  # before the plugin may: a generator that nobody imported yet has no state to compare
+
 MARK = "kdcore-probe:"
 HEAVY = ("torch", "torchvision", "matplotlib", "sklearn")
 
@@ -23,11 +25,12 @@ HEAVY = ("torch", "torchvision", "matplotlib", "sklearn")
 def state() -> dict[str, Any]:
     """What a plugin should find as it left it."""
     numbers = (signal.SIGINT, signal.SIGTERM)
+    twister = numpy.random.get_state(legacy=False)["state"]
     return {
         "working folder": os.getcwd(),
         "environment": dict(os.environ),
         "module search path": list(sys.path),
-        "random numbers": hash(random.getstate()),
+        "random numbers": hash((random.getstate(), twister["key"].tobytes(), twister["pos"])),
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "signal handlers": [str(signal.getsignal(number)) for number in numbers],
     }

@@ -28,13 +28,15 @@ class StepContext:
     ``splits = True`` and goes through :meth:`pieces`.
     """
 
+    step: int
+    trained: tuple[str, ...]
+    sources: dict[str, bool]
+
     def __init__(self, session: Session) -> None:
         self._session = session
         self._calls: dict[str, int] = {}
         self._piece, self._share = 0, 1.0
-        self.step = 0
-        self.trained: tuple[str, ...] = ()
-        self.sources: dict[str, bool] = {}
+        self.step, self.trained, self.sources = 0, (), {}
 
     @property
     def device(self) -> torch.device:
