@@ -209,6 +209,8 @@ def _objects(plugins: Iterable[Any]) -> tuple[list[tuple[Origin, Any]], tuple[st
 
     found, warnings = [], []
     for plugin in plugins:
+        if isinstance(plugin, str | Path):
+            raise RecipeError(f"{str(plugin)!r} is a path", where="plugins", fix="Give files as plugin_files=[...].")
         name = getattr(plugin, "__name__", type(plugin).__name__).rpartition(".")[2].strip("_").lower()
         content = hooks_of(plugin)
         if content.problem:

@@ -123,7 +123,7 @@ def find_model(card: Card, catalog: Catalog, where: str) -> Entry:
         RecipeError: there is none, or the file is of a module that was handed over in Python.
     """
     if card.model.startswith(f"{OWN}/"):
-        fix = "Build the module, and load_state_dict(safetensors.torch.load_file(...)) into it."
+        fix = "In Python: kdcore.load_model(path, module=...), or the result's export()."
         raise RecipeError(f"{card.model!r} was handed over in Python: no name builds it again", where=where, fix=fix)
     return catalog.find("model", card.model, where)
 

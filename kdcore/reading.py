@@ -106,7 +106,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     with open_plain(path) as file:
         size = int.from_bytes(file.read(8), "little")
         if not 0 < size <= min(MOST_HEADER, os.fstat(file.fileno()).st_size - 8):
-            raise ValueError(f"a header of {size:,} bytes")
+            raise ValueError("it does not begin with the size of a header")
         header = parse_json(file.read(size))
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")

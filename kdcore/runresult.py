@@ -32,11 +32,13 @@ class RunResult(Mapping[str, Any]):
         folder: holds result.json, report.html and student.safetensors.
         content: what result.json says.
         builders: role -> what builds its module.
+        catalog: the exporters.
     """
 
     folder: Path
     content: Mapping[str, Any]
     builders: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    catalog: Catalog = field(default_factory=Catalog)
 
     def __getitem__(self, key: str) -> Any:
         return self.content[key]
@@ -79,6 +81,26 @@ class RunResult(Mapping[str, Any]):
             raise RecipeError("this run has no teacher", where=str(self.folder), fix="Choose a strategy with one.")
         return self.builders["teacher"]()
 
+    def export(self, path: str | Path, format: str = "torch-export", **options: Any) -> Path:  # noqa: A002
+        """Writes the student for other programs, with the normalisation inside, as ``kdcore export`` does.
+
+        Args:
+            path: the file to write; it appears only if it gives the student's logits when it is read again.
+            format: a registered exporter: ``torch-export``, ``onnx``, ``safetensors``.
+            options: of the exporter.
+
+        Raises:
+            PluginError: the student cannot be traced, or the file gives other logits.
+            RecipeError, StorageError: no such exporter or option; it cannot be written.
+        """
+        from .deploy.classifier import load_model
+        from .deploy.export import export
+
+        entry = self.catalog.find("exporter", format, "export(format=...)")
+        checked = entry.options_class()(**entry.check(options, "export"))
+        export(load_model(self.folder / "student.safetensors", module=self.student()), entry, checked, Path(path), 8)
+        return Path(path)
+
     def __repr__(self) -> str:
         models = [f"{role} {row['model']} {row['test_accuracy']:.2%}" for role, row in self._rows()]
         return f"RunResult({', '.join(models)}, on {self['protocol']['test_images']} test images; {self._link()})"
@@ -106,9 +128,9 @@ def _row(role: str, row: Mapping[str, Any]) -> str:
 
 def result_of(run: Run, content: Mapping[str, Any]) -> RunResult:
     """The result of a run that was executed; it keeps no data."""
-    models = Catalog()
-    for entry in run.host.catalog.all("model"):
-        models.add(entry)
+    kept = Catalog()
+    for entry in (*run.host.catalog.all("model"), *run.host.catalog.all("exporter")):
+        kept.add(entry)
     info = run.context.load(run.view.data).info
     builders = {}
     for role in ("student", "teacher"):
@@ -117,8 +139,8 @@ def result_of(run: Run, content: Mapping[str, Any]) -> RunResult:
             ref = dataclasses.replace(run.stages[key].members[member].model, weights=None)
             own = run.folder / "student.safetensors"
             weights = own if role == "student" else run.store.weights(key, member)
-            builders[role] = partial(_build, ref, models, info, weights)
-    return RunResult(run.folder, content, builders)
+            builders[role] = partial(_build, ref, kept, info, weights)
+    return RunResult(run.folder, content, builders, kept)
 
 
 def _build(ref: ModelRef, models: Catalog, info: DataInfo, weights: Path) -> nn.Module:

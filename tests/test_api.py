@@ -131,7 +131,7 @@ def test_own_modules_are_never_changed(tmp_path):
     assert call(tmp_path, student, student)["student"] is not None  # one module as both
 
 
-def test_tied_weights_stay_tied_through_training_and_a_resume(tmp_path):
+def test_tied_weights_stay_tied_through_training_and_a_resume(tmp_path, ctrl_c):
     interrupted = Stop(1)
     slow = {"epochs": 3, "execute": {"checkpoint_seconds": 0}}
     with pytest.raises(KeyboardInterrupt):
@@ -142,6 +142,24 @@ def test_tied_weights_stay_tied_through_training_and_a_resume(tmp_path):
     assert same(student, whole.student())
     assert not same(student, Tied())
     assert same(again.teacher(), Tied())
+
+
+def test_a_students_own_file_is_read_into_its_architecture_and_exported(tmp_path):
+    result = call(tmp_path)
+    images = IMAGES[:5]
+    with torch.no_grad():
+        expected = result.student()(images)  # floating images: nothing is normalised
+        loaded = kdcore.load_model(result.folder / "student.safetensors", module=Net(4))
+        file = result.export(tmp_path / "student.pt2")
+        program = torch.export.load(file).module()
+        assert torch.equal(loaded(images), expected)
+        torch.testing.assert_close(program(images), expected)
+    with pytest.raises(RecipeError, match=r"'own/net' was handed over in Python.*load_model\(path, module=\.\.\.\)"):
+        kdcore.load_model(result.folder / "student.safetensors")
+    with pytest.raises(RecipeError, match="unknown exporter 'onxx'"):
+        result.export(tmp_path / "student.onnx", format="onxx")
+    with pytest.raises(RecipeError, match=r"'my.py' is a path.*plugin_files"):
+        call(tmp_path, plugins=["my.py"])
 
 
 def test_parameters_that_share_memory_are_refused(tmp_path):

@@ -90,7 +90,7 @@ def test_15_lines_distil_a_users_own_modules_on_his_own_data(tmp_path):
     assert [done.returncode for done in ends] == [0, 0], ends[0].stderr + ends[1].stderr
     first, second = (float(done.stdout.splitlines()[-1]) for done in ends)
     assert first == second > 0.5
-    assert [done.stdout.count("from the store") for done in ends] == [0, 2]
+    assert [done.stdout.count("from the store") for done in ends] == [0, 3]
 
 
 def test_the_exit_codes_are_those_of_the_code():

@@ -99,7 +99,7 @@ def test_a_header_that_is_too_long_is_not_read(tmp_path):
     with path.open("wb") as file:
         file.write((MOST_HEADER + 1).to_bytes(8, "little") + b"{")
         file.truncate(MOST_HEADER * 4)
-    with pytest.raises(StorageError, match="a header of"):
+    with pytest.raises(StorageError, match="does not begin with the size of a header"):
         find_card(path)
 
 

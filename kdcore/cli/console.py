@@ -115,10 +115,14 @@ class RunConsole:
 
     def outcome(self, result: dict[str, Any], folder: Path) -> None:
         """What a finished run found, and where it lies."""
+        from ..report.page import lede
+
         for text in [text for text in result["warnings"] if text.startswith("the student")]:
             self.handle({"kind": "warning", "text": text})
         self._table(result)
         with suppress(SystemExit):
+            if said := lede(result):
+                self._print(said)
             seconds = result["run"]["seconds"]
             text = f"{folder / 'report.html'} ({seconds:.1f} s; result.json and student.safetensors lie beside it)"
             self._print(text)

@@ -22,10 +22,11 @@ def write_report(folder: Path, watch: bool, seconds: float) -> None:
         raise RecipeError("no run of kdcore", where=str(folder), fix="Give its folder, e.g. runs/digits-1a2b3c4d.")
     if watch:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is its usual end
+        print(f"{folder / 'report.html'} follows the run until it is finished", flush=True)
         _follow(folder, seconds)
     else:
         _write(folder, seconds, {}, {})
-    print(folder / "report.html")
+        print(folder / "report.html")
 
 
 def _follow(folder: Path, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ..errors import RecipeError
 from ..plan import ModelRef
 from ..plugins import load_plugins
 from ..registry import Catalog
-from ..training.member import build_model, classifies
+from ..training.member import build_model, classifies, load_weights
 
 
 class Classifier(nn.Module):
@@ -50,7 +51,9 @@ class Classifier(nn.Module):
         return images.clamp(0, 1) if self.card.scale == 255 else images
 
 
-def load_model(path: str | Path, *, plugin_files: Sequence[str | Path] = ()) -> Classifier:
+def load_model(
+    path: str | Path, *, module: nn.Module | None = None, plugin_files: Sequence[str | Path] = ()
+) -> Classifier:
     """The model of a safetensors file that kdcore wrote, with its weights, on the CPU, in evaluation mode.
 
     ::
@@ -63,6 +66,7 @@ def load_model(path: str | Path, *, plugin_files: Sequence[str | Path] = ()) -> 
 
     Args:
         path: e.g. a run's ``student.safetensors``.
+        module: of the same architecture, where the file is of a module of your own; it is copied.
         plugin_files: files that are plugins, if the model is registered by one.
 
     Raises:
@@ -70,7 +74,11 @@ def load_model(path: str | Path, *, plugin_files: Sequence[str | Path] = ()) -> 
         RecipeError: no such model is registered, or the tensors are not its.
         PluginError: the model's plugin is broken.
     """
-    return classifier(Path(path), load_plugins(files=[str(file) for file in plugin_files]).catalog)
+    if module is None:
+        return classifier(Path(path), load_plugins(files=[str(file) for file in plugin_files]).catalog)
+    card, network = read_card(Path(path)), copy.deepcopy(module).cpu()
+    load_weights(network, Path(path), "module")
+    return Classifier(network, card).eval()
 
 
 def classifier(path: Path, catalog: Catalog) -> Classifier:

@@ -52,7 +52,7 @@ def view(result: Table) -> dict[str, Any]:
     """Everything that the template shows."""
     return {
         "title": f"{result['student']['model']}: {percent(_reported(result, 'student'))} test accuracy",
-        "lede": _lede(result),
+        "lede": lede(result),
         "run": _run(result),
         "warnings": _warnings(result),
         "headline": _headline(result),
@@ -74,7 +74,8 @@ def _reported(result: Table, role: str) -> float | None:
     return number((result[role] or {}).get("test_accuracy"))
 
 
-def _lede(result: Table) -> str:
+def lede(result: Table) -> str:
+    """What was found, in a sentence; empty where there is nothing to compare with."""
     own = _reported(result, "student")
     words = {"control": "its control (labels alone)", "teacher": "its teacher"}
     said = []
