@@ -66,10 +66,11 @@ class Writer:
 
 
 @pytest.fixture
-def writer(monkeypatch):
+def writer(host, monkeypatch):
     module = ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(sys.modules["board_module"], "is_installed", lambda: True)
     monkeypatch.setattr(Writer, "kept", {})
     return Writer
 
@@ -134,7 +135,7 @@ def test_two_runs_in_one_process_do_not_meet(tmp_path, host, writer):
 
 
 def test_without_tensorboard_a_run_says_and_writes_nothing_of_it(tmp_path, host, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr(sys.modules["board_module"], "find_spec", lambda name: None)
     result = make_run(tmp_path, host=host).execute()
     assert result["degraded"] == {}
     assert not (tmp_path / "run" / "tensorboard").exists()

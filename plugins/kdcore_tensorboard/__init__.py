@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ class Board:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # tensorboard's import takes a while: at the first line alone
 
         self.writer = SummaryWriter(str(folder), purge_step=step)
         self.step = step
@@ -46,15 +48,16 @@ boards: dict[Path, Board] = {}
 """The open ones, by folder."""
 
 
-# tensorboard is looked for at the first line, when torch is there anyway: the start of a command stays quick
+@cache  # a search that finds nothing takes longer than all else that a line costs
+def is_installed() -> bool:
+    return find_spec("tensorboard") is not None
+
+
 def board_of(folder: Path, step: int) -> Board | None:
     """The stage's board, opened at its first line; None without tensorboard."""
-    if folder not in boards:
-        try:
-            boards[folder] = Board(folder, step)
-        except ImportError:
-            return None
-    return boards[folder]
+    if folder not in boards and is_installed():
+        boards[folder] = Board(folder, step)
+    return boards.get(folder)
 
 
 def folder_of(run: Mapping[str, Any], stage: Mapping[str, Any]) -> Path:
