@@ -44,9 +44,12 @@ def finish(process: subprocess.Popen) -> str:
 
 def kill_in_the_middle(folder: Path, process: subprocess.Popen) -> None:
     """At the second stage's first checkpoint."""
-    while not (list(folder.glob("runs/store/results/*")) and list(folder.glob("runs/store/unfinished/*/ckpt-*"))):
+    begun = finished = set[str]()
+    while not (finished and begun - finished):  # a stage's checkpoints are there for a moment after its result
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
+        begun = {path.parent.name for path in folder.glob("runs/store/unfinished/*/ckpt-*")}
+        finished = {path.name for path in folder.glob("runs/store/results/*")}
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
 
