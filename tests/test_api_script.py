@@ -49,7 +49,7 @@ def kill_in_the_middle(folder: Path, process: subprocess.Popen) -> None:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
         begun = {path.parent.name for path in folder.glob("runs/store/unfinished/*/ckpt-*")}
-        finished = {path.name for path in folder.glob("runs/store/results/*")}
+        finished = {path.name for path in folder.glob("runs/store/results/[0-9a-f]*")}  # not .tmp-*
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
 

@@ -77,7 +77,9 @@ struct KdcoreLoss : ag::Node {
       known = known.detach();
       ag::create_gradient_edge(known, make_node<ag::Error>(second, ag::edge_list{ag::Edge(getptr(), 0)}));
     } else if (is_one(grads[0])) {  // itself: a leaf takes it over without a copy
-      return {ag::get_current_graph_task_keep_graph() ? known.clone() : known};
+      if (ag::get_current_graph_task_keep_graph()) return {known.clone()};
+      gradient.reset_data();  // at once: another thread that is in this graph must not get the same memory
+      return {known};
     }
     return {at::mul(known, grads[0])};
   }
