@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from kdcore.plugins import PluginHost, load_plugins
 from kdcore.recipe import load
 from kdcore.runner import Run, make_context, make_settings
@@ -54,6 +56,20 @@ def make_run(
     plugin_files = [str(path) for origin in host.origins.values() for path in origin.files if path.suffix == ".py"]
     made = make_settings(checked, root / "store", jobs, plugin_files=tuple(plugin_files), **settings)
     return Run(checked, host, made, root / name, Quiet(), jobs, make_context(host))
+
+
+def die_at_step_30(made: Run) -> None:
+    """Executes a run until some steps after a checkpoint of the student, where the process dies without a word."""
+    handle = made.console.handle
+
+    def die(event: Any) -> None:
+        handle(event)
+        if event["kind"] == "log" and "->" in event["name"] and event["step"] == 30:
+            raise KeyboardInterrupt
+
+    made.console.handle = die
+    with pytest.raises(KeyboardInterrupt):
+        made.execute()
 
 
 def weights(root: Path, member: str = "student") -> list[str]:

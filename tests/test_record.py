@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import make_run, weights
+from small import die_at_step_30, make_run, weights
 
 from kdcore import record
 from kdcore.errors import Interrupted
@@ -63,16 +63,7 @@ def test_every_log_point_and_tick_of_every_member_is_a_line(whole):
 def test_after_a_kill_each_step_counts_once_with_the_uninterrupted_runs_values(whole, tmp_path):
     """The process dies without a word some steps after a checkpoint, in the middle of a line."""
     made = make_run(tmp_path, sets=SETS)
-    handle = made.console.handle
-
-    def die(event):
-        handle(event)
-        if event["kind"] == "log" and "->" in event["name"] and event["step"] == 30:
-            raise KeyboardInterrupt
-
-    made.console.handle = die
-    with pytest.raises(KeyboardInterrupt):
-        made.execute()
+    die_at_step_30(made)
     path = tmp_path / "run" / "metrics.jsonl"
     with path.open("a") as file:
         file.write('{"time": "2026-01-01T00:00:00.000Z", "ki')

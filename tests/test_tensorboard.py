@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from small import RECIPE, make_run, weights
+from small import RECIPE, die_at_step_30, make_run, weights
 
 from kdcore.plugins import load_plugins
 
@@ -26,16 +26,7 @@ def host(install):
 
 def kill(made):
     """Runs it until some steps after a checkpoint of the student, where the process dies without a word."""
-    handle = made.console.handle
-
-    def die(event):
-        handle(event)
-        if event["kind"] == "log" and "->" in event["name"] and event["step"] == 30:
-            raise KeyboardInterrupt
-
-    made.console.handle = die
-    with pytest.raises(KeyboardInterrupt):
-        made.execute()
+    die_at_step_30(made)
     sys.modules["board_module"].boards.clear()
 
 
