@@ -99,6 +99,11 @@ def _choice(choice: Choice) -> dict[str, Json]:
     return {"text": choice.text, "margin": choice.margin, "error": choice.error, "is_noise": choice.is_noise}
 
 
+def chosen(run: Run, choice: Choice) -> dict[str, Any]:
+    """A choice as its event says it, with the result that is best so far."""
+    return {**_choice(choice), "best": _link(run, choice.best)}
+
+
 def _replicate(run: Run, ref: ResultRef) -> dict[str, Any]:
     member = _member(run, ref)
     assert member is not None
@@ -149,6 +154,7 @@ def _protocol(run: Run, outcome: Outcome) -> dict[str, Json]:
         "monitor_share": spec.monitor if splits.carved else None,
         "test_images": sizes["test"],
         "split_seed": spec.split_seed,
+        "fingerprint": splits.fingerprint,
         "seeds": _seeds(run, outcome),
         "text": (
             f"Reported are {chosen}, trained on {sizes['train']} images. Every decision was made on a monitor split "
