@@ -92,11 +92,18 @@ def _cost(variant: Variant) -> str:
 
 
 def _table(found: Comparison) -> Table:
-    table = Table("", "seeds", "test accuracy %", "monitor %", "TFLOPs", "seconds", "difference to 1")
+    table = _columns("", "seeds", "test %", "monitor %", "TFLOPs", "seconds", "difference to 1")
     for number, (variant, one) in enumerate(zip(found.variants, found.gaps, strict=True), 1):
         name = Text(f"{number} {variant.chain}".strip())
         difference = "" if number == 1 else interval(one)
         table.add_row(name, *accuracies(variant.samples), *_costs(variant), difference)
+    return table
+
+
+def _columns(*heads: str, title: str = "") -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=title, title_justify="left", title_style="")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left")
     return table
 
 
@@ -140,7 +147,7 @@ def chains_table(result: Mapping[str, Any]) -> Table:
     title = f"Students of {kept}" + (
         f"; differences in points, {CONFIDENCE:.0%} intervals over seeds" if direct else ""
     )
-    table = Table("chain", "seeds", "test accuracy %", "monitor %", *heads, title=title)
+    table = _columns("chain", "seeds", "test %", "monitor %", *heads, title=title)
     for i, (name, found) in enumerate(samples.items()):
         over = "" if name == direct else interval(gap(found, samples[direct])) if direct else ""
         cells = (*accuracies(found), *([over] if direct else []))

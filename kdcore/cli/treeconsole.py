@@ -50,8 +50,14 @@ class TreeConsole(RunConsole):
         if self.live:
             self.display.stop()
         with suppress(SystemExit):
-            if self.growth.tree().roots:
-                self.console.print(TreeView(self.growth.tree(), whole=True))
+            self._show_whole(self.growth.tree())
+
+    def _show_whole(self, tree: Tree) -> None:
+        """What stays on the screen; without a terminal, choices were printed as they were made."""
+        if tree.roots:
+            self.console.print(TreeView(tree, whole=True))
+        for text in tree.choices if self.live else ():
+            self._print(text)
 
     def handle(self, event: Event) -> None:
         """Shows one event."""
@@ -90,15 +96,19 @@ def chain_line(node: Node, controllers: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class TreeView:
-    """A tree for rich. What does not fit a terminal's height is left out unless ``whole``: first finished models that
-    are not on the best chain.
+    """A tree for rich, with the last choices below it.
+
+    Args:
+        tree: what is shown.
+        whole: show all of it, and no choices; else finished models that are not on the best chain are left out if the
+            terminal is not high enough.
     """
 
     tree: Tree
     whole: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        choices = self.tree.choices[-CHOICES:]
+        choices = () if self.whole else self.tree.choices[-CHOICES:]
         tree, hidden = self.tree, 0
         if not self.whole and _size(tree.roots) > console.height - len(choices) - 3:
             tree = Tree(_pruned(tree.roots), tree.controllers, tree.choices)
@@ -115,16 +125,16 @@ def _table(tree: Tree, ascii_only: bool) -> RenderableType:
     columns: dict[str, Callable[[Node], str]] = {
         "state": _state,
         "monitor %": lambda node: _accuracy(node.learners),
-        "stopped at": lambda node: _stopped(node.learners),
-        "over control": lambda node: _gain(node.learners),
-        f"without {', '.join(tree.controllers)}": lambda node: _accuracy(node.without),
+        "stopped\nat": lambda node: _stopped(node.learners),
+        "over\ncontrol": lambda node: _gain(node.learners),
+        f"without\n{', '.join(tree.controllers)}": lambda node: _accuracy(node.without),
     }
     cells = {head: [_plain(cell(node), ascii_only) for _, node in rows] for head, cell in columns.items()}
     cells = {head: column for head, column in cells.items() if any(column)}
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("model", no_wrap=True)
     for head in cells:
-        table.add_column(head, justify="left" if head == "state" else "right")
+        table.add_column(head, justify="left" if head == "state" else "right", no_wrap=head != "state")
     for i, (guides, node) in enumerate(rows):
         name = Text(_plain(guides, ascii_only) + node.chain[-1] + (" on labels" if node.role else ""))
         table.add_row(name, *(Text(column[i]) for column in cells.values()), style="bold" if node.is_best else "")
@@ -151,11 +161,11 @@ def _pruned(nodes: Sequence[Node]) -> tuple[Node, ...]:
 
 def _state(node: Node) -> str:
     """``waiting``, ``epoch 3/30``, ``seed 2/3, epoch 3/30``, ``reused``; of what was trained to its end, nothing."""
-    learners = node.learners or node.without
+    if node.is_done:
+        return "reused" if all(learner.state == "reused" for learner in (*node.learners, *node.without)) else ""
+    learners = node.without if all(learner.is_done for learner in node.learners) else node.learners
     done = sum(learner.is_done for learner in learners)
     running = [learner for learner in learners if learner.state == "running"]
-    if done == len(learners):
-        return "reused" if all(learner.state == "reused" for learner in learners) else ""
     seeds = f"seed {done + 1}/{len(learners)}" if len(learners) > 1 and (done or running) else ""
     ticks = f"{running[0].unit} {', '.join(str(r.tick) for r in running)}/{running[0].ticks}" if running else ""
     return ", ".join(filter(None, [seeds, ticks])) or "waiting"
