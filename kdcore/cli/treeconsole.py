@@ -39,6 +39,7 @@ class TreeConsole(RunConsole):
     def __init__(self) -> None:
         super().__init__()
         self.growth = Growth()
+        self.last_words: list[Event] = []
         self.display = Live(console=self.console, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> TreeConsole:
@@ -51,6 +52,8 @@ class TreeConsole(RunConsole):
             self.display.stop()
         with suppress(SystemExit):
             self._show_whole(self.growth.tree())
+        for event in self.last_words:
+            super().handle(event)
 
     def _show_whole(self, tree: Tree) -> None:
         """What stays on the screen; without a terminal, choices were printed as they were made."""
@@ -61,11 +64,14 @@ class TreeConsole(RunConsole):
 
     def handle(self, event: Event) -> None:
         """Shows one event."""
+        if event["kind"] == "best_so_far":
+            self.last_words.append(event)  # below the tree
+            return
         if event["kind"] not in KINDS:
             super().handle(event)
             return
         self.growth.add(event)
-        if self.live:
+        if self.live and event["kind"] != "log":
             self.display.update(TreeView(self.growth.tree()))
         elif event["kind"] == "choice":
             super().handle(event)
@@ -110,12 +116,13 @@ class TreeView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         choices = () if self.whole else self.tree.choices[-CHOICES:]
         tree, hidden = self.tree, 0
-        if not self.whole and _size(tree.roots) > console.height - len(choices) - 3:
+        below = 4 + sum(1 + len(text) // options.max_width for text in choices)  # with two lines of heads
+        if not self.whole and _size(tree.roots) > console.height - below:
             tree = Tree(_pruned(tree.roots), tree.controllers, tree.choices)
             hidden = _size(self.tree.roots) - _size(tree.roots)
         yield _table(tree, options.ascii_only)
-        below = [f"({hidden} finished models are not shown)"] if hidden else []
-        for text in [*below, *choices]:
+        left_out = [f"({hidden} finished models are not shown)"] if hidden else []
+        for text in [*left_out, *choices]:
             yield Text(_plain(text, options.ascii_only))
 
 
