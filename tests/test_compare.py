@@ -302,7 +302,7 @@ def test_the_table_of_a_search_measures_against_the_direct_student_under_the_sam
         console.print(chains_table(result(replicates=rows, stages=stages)))
     lines = [line.rstrip() for line in shown.get().splitlines()[-4:]]
     assert lines[0].endswith("over 4-2")
-    assert lines[1] == "4-3-2 (chosen)        2  96.50 ± 0.71  91.00 ± 0.00  +2.50 [-16.56, +21.56]"
+    assert lines[1] == "4-3-2 (chosen)    2  96.50 ± 0.71  91.00 ± 0.00  +2.50 [-16.56, +21.56]"
     assert lines[2].startswith("4-2 without dskd")
     assert lines[3].split() == ["4-2", "2", "94.00", "±", "1.41", "91.00", "±", "0.00"]
 

@@ -92,7 +92,7 @@ def _cost(variant: Variant) -> str:
 
 
 def _table(found: Comparison) -> Table:
-    table = _columns("", "seeds", "test %", "monitor %", "TFLOPs", "seconds", "difference to 1")
+    table = _columns("", "n", "test %", "monitor %", "TFLOPs", "seconds", "difference to 1")
     for number, (variant, one) in enumerate(zip(found.variants, found.gaps, strict=True), 1):
         name = Text(f"{number} {variant.chain}".strip())
         difference = "" if number == 1 else interval(one)
@@ -101,9 +101,10 @@ def _table(found: Comparison) -> Table:
 
 
 def _columns(*heads: str, title: str = "") -> Table:
+    """Of names and numbers; where a terminal is narrow, names are folded."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=title, title_justify="left", title_style="")
     for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left")
+        table.add_column(head, justify="right" if number else "left", no_wrap=number > 0)
     return table
 
 
@@ -147,7 +148,7 @@ def chains_table(result: Mapping[str, Any]) -> Table:
     title = f"Students of {kept}" + (
         f"; differences in points, {CONFIDENCE:.0%} intervals over seeds" if direct else ""
     )
-    table = _columns("chain", "seeds", "test %", "monitor %", *heads, title=title)
+    table = _columns("chain", "n", "test %", "monitor %", *heads, title=title)
     for i, (name, found) in enumerate(samples.items()):
         over = "" if name == direct else interval(gap(found, samples[direct])) if direct else ""
         cells = (*accuracies(found), *([over] if direct else []))
