@@ -61,9 +61,9 @@ class Gradient:
         if self.count < self.options.patience:
             return []
         self.stopped = True
-        times = "once" if self.count == 1 else f"{self.count} times in a row"
+        times = f"{self.count} times in a row " if self.count > 1 else ""
         what = f"the cosine between the gradients of labels and teacher was below {self.options.bound:g}"
-        return kdcore.labels_alone(view, "student", f"{what} {times} (now {cosine:.3f})", self.options.label_weight)
+        return kdcore.labels_alone(view, "student", f"{times}{what} (now {cosine:.3f})", self.options.label_weight)
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count, "stopped": self.stopped}

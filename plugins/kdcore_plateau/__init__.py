@@ -59,9 +59,9 @@ class Plateau:
         if self.count < self.options.patience:
             return []
         self.stopped = True
-        times = "once" if self.count == 1 else f"{self.count} times in a row"
+        times = f"{self.count} times in a row " if self.count > 1 else ""
         margin = f" by more than {self.options.min_delta:.2%}" if self.options.min_delta else ""
-        reason = f"{times} the student was not above its best of {self.best:.2%}{margin} (now {now:.2%})"
+        reason = f"{times}the student was not above its best of {self.best:.2%}{margin} (now {now:.2%})"
         return kdcore.labels_alone(view, "student", reason, self.options.label_weight)
 
     def state_dict(self) -> dict[str, Any]:
