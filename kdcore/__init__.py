@@ -20,7 +20,9 @@ _EXPORTS = {
     "options": "Options Field",
     "registry": "Registrar",
     "plan": ("Stage Member Term Schedule Spec ModelRef ResultRef OptimizerSpec SourceSpec Set Drop Finish Decision "
-             "Result MemberResult Outcome TickView Controller Strategy RunView labels_alone Plan Json"),
+             "Result MemberResult Choice Outcome TickView Controller labels_alone Plan Json"),
+    "runview": "RunView ModelCost Strategy",
+    "paired": "Difference paired_difference",
     "failure": "Failure FailurePolicy Retry",
     "job": "Job",
     "executor": "Executor perform",
@@ -76,6 +78,9 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .outputs import Loss as Loss
     from .outputs import Outputs as Outputs
     from .outputs import Shapes as Shapes
+    from .paired import Difference as Difference
+    from .paired import paired_difference as paired_difference
+    from .plan import Choice as Choice
     from .plan import Controller as Controller
     from .plan import Decision as Decision
     from .plan import Drop as Drop
@@ -89,18 +94,19 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .plan import Plan as Plan
     from .plan import Result as Result
     from .plan import ResultRef as ResultRef
-    from .plan import RunView as RunView
     from .plan import Schedule as Schedule
     from .plan import Set as Set
     from .plan import SourceSpec as SourceSpec
     from .plan import Spec as Spec
     from .plan import Stage as Stage
-    from .plan import Strategy as Strategy
     from .plan import Term as Term
     from .plan import TickView as TickView
     from .plan import labels_alone as labels_alone
     from .registry import Registrar as Registrar
     from .runresult import RunResult as RunResult
+    from .runview import ModelCost as ModelCost
+    from .runview import RunView as RunView
+    from .runview import Strategy as Strategy
     from .seeds import derive as derive
     from .training.step import StepContext as StepContext
 else:

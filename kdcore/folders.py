@@ -17,7 +17,7 @@ from .errors import StorageError
 from .plan import Json
 from .reading import open_plain, parse_json, read_plain
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "MANIFEST.json"
 _KEYS = {"format", "kdcore", "files", "sha256"}
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}

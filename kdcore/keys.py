@@ -37,7 +37,6 @@ class Keys:
     settings: Settings
     fingerprint: Callable[[SourceSpec], str]
     _keys: dict[Stage, str] = field(default_factory=dict)
-    _plans: dict[Stage, str] = field(default_factory=dict)
     _codes: dict[Stage, Json] = field(default_factory=dict)
 
     def of(self, stage: Stage) -> str:
@@ -53,12 +52,6 @@ class Keys:
                 }
             )
         return self._keys[stage]
-
-    def plan(self, stage: Stage) -> str:
-        """Identity of what a strategy asked for, whatever code and data it meets; a replay must give it again."""
-        if stage not in self._plans:
-            self._plans[stage] = digest(encode(stage, self.plan))
-        return self._plans[stage]
 
     def job(self, stage: Stage) -> Job:
         """The stage as an executor gets it."""

@@ -6,15 +6,15 @@ without training. A stage refers to the results of other stages by holding them,
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias
 
 from .errors import PlanError, suggest
 
 Json: TypeAlias = Any
-Plan: TypeAlias = "Generator[Stage | list[Stage], Any, Outcome]"
+Plan: TypeAlias = "Generator[Stage | list[Stage] | Choice, Any, Outcome]"
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,13 @@ class Stage:
         found = self.members[member]
         return found.init if found.init is not None and not found.terms else ResultRef(self, member)
 
+    @cached_property
+    def identity(self) -> str:
+        """Equal for stages that ask for the same training, whatever they are called; keys add code and data to it."""
+        from .codec import digest, encode  # which knows these words
+
+        return digest(encode(self, lambda stage: stage.identity))
+
     def inputs(self) -> Iterator[ResultRef]:
         """Every result that this stage needs before it can start."""
         yield from (m.init for m in self.members.values() if m.init is not None)
@@ -232,6 +239,16 @@ Decision: TypeAlias = Set | Drop | Finish
 class MemberResult:
     """What a stage says of one member. Accuracies are shares of the *monitor* split: a strategy never sees the test
     split, so it cannot select on it.
+
+    Args:
+        ref: the member.
+        accuracy: of the weights that are delivered.
+        best_accuracy: of those that were best.
+        curve: one mapping a tick.
+        params: number of parameters.
+        flops: of one image forward.
+        correct: a byte for each monitor image, 1 where the delivered weights are right, else 0; empty where that is not
+            known. See :func:`kdcore.paired_difference`.
     """
 
     ref: ResultRef
@@ -240,6 +257,7 @@ class MemberResult:
     curve: tuple[Mapping[str, float], ...]
     params: int
     flops: int
+    correct: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -258,13 +276,44 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A strategy's decision between results. It is yielded, and shown, journalled and reported; None is sent back.
+
+    Args:
+        text: what was decided, e.g. "10-4-2 instead of 10-2".
+        best: the student to deliver if the run ended now.
+        margin: how much better the chosen one is, a difference of shares of the monitor split; None if unknown.
+        error: standard error of the margin; None if unknown.
+    """
+
+    text: str
+    best: ResultRef
+    margin: float | None = None
+    error: float | None = None
+
+    @property
+    def is_noise(self) -> bool:
+        """The margin is less than its standard error."""
+        return self.margin is not None and self.error is not None and abs(self.margin) < self.error
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What a strategy returns: the student to deliver, and what it was compared with."""
+    """What a strategy returns.
+
+    Args:
+        student: the one to deliver.
+        teacher: what it is compared with; default: the first of the chain that leads to it.
+        evidence: numbers for the report.
+        note: a sentence for the report.
+        replicates: name -> the same learner under several seeds, for means and spreads; the student's name first.
+    """
 
     student: ResultRef
     teacher: ResultRef | None = None
     evidence: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    replicates: Mapping[str, tuple[ResultRef, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -323,58 +372,3 @@ class Controller(Protocol):
     def decide(self, view: TickView) -> Iterable[Decision]: ...
     def state_dict(self) -> dict[str, Json]: ...
     def load_state_dict(self, state: Mapping[str, Json]) -> None: ...
-
-
-class Strategy(Protocol):
-    """Says what to train next. ``plan`` must be a pure function of its arguments and of the results sent to it."""
-
-    def plan(self, run: RunView, options: Any) -> Plan: ...
-
-
-@dataclass(frozen=True)
-class RunView:
-    """What a strategy knows of its run: the recipe's parts as plan words, and two helpers that build stages."""
-
-    seed: int
-    teacher: ModelRef
-    student: ModelRef
-    objective: tuple[Term, ...]
-    labels: tuple[Term, ...]
-    optimizer: OptimizerSpec
-    data: SourceSpec
-    epochs: int
-    controllers: tuple[Spec, ...] = ()
-    keep: Literal["last", "best"] = "last"
-    teacher_epochs: int | None = None
-    teacher_optimizer: OptimizerSpec | None = None
-    prepare: Callable[[Spec, Stage, RunView], Stage] = lambda spec, stage, run: stage
-    model: Callable[[Mapping[str, Json]], ModelRef] = lambda table: ModelRef(**table)
-
-    def label_only(self, role: str, model: ModelRef) -> Stage:
-        """A stage that trains ``model`` on labels alone; a teacher with given weights is only evaluated and stored."""
-        teacher = role == "teacher"
-        epochs = self.teacher_epochs if teacher and self.teacher_epochs is not None else self.epochs
-        optimizer = (self.teacher_optimizer if teacher else None) or self.optimizer
-        if teacher and (model.given or model.weights is not None):
-            return self._stage(f"{model} (given)", {role: Member(model)}, 0)
-        return self._stage(f"{model} on labels", {role: Member(model, terms=self.labels, optimizer=optimizer)}, epochs)
-
-    def distilled(self, model: ModelRef, teacher: ResultRef) -> Stage:
-        """A stage that distils ``teacher`` into ``model`` by the recipe's objective, under its controllers."""
-        source = _source_member(teacher)
-        learner = Member(model, terms=self.objective, optimizer=self.optimizer)
-        members = {"student": learner, "teacher": Member(source.model, init=teacher)}
-        stage = self._stage(f"{source.model} -> {model}", members, self.epochs)
-        stage = dataclasses.replace(stage, controllers=self.controllers)
-        for spec in self.controllers:
-            stage = self.prepare(spec, stage, self)
-        return stage
-
-    def _stage(self, name: str, members: Mapping[str, Member], epochs: int) -> Stage:
-        return Stage(name, members, self.data, epochs, seed=self.seed, keep=self.keep)
-
-
-def _source_member(ref: ResultRef) -> Member:
-    if isinstance(ref.stage, str):
-        raise PlanError("a result of an encoded plan cannot be extended", where=f"result {ref.stage[:12]}")
-    return ref.stage.members[ref.member]

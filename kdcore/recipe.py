@@ -14,8 +14,9 @@ from .errors import RecipeError, StorageError
 from .options import Field, Options, Plain, shown, validate
 from .origin import OWN
 from .overrides import override, read
-from .plan import Json, ModelRef, OptimizerSpec, RunView, Schedule, SourceSpec, Spec, Stage, Term
+from .plan import Json, ModelRef, OptimizerSpec, Schedule, SourceSpec, Spec, Stage, Term
 from .registry import Catalog, Entry
+from .runview import RunView
 
 
 class Table(Plain):

@@ -112,6 +112,8 @@ def _lines(event: Event) -> Iterator[dict[str, Any]]:
         yield {"kind": "start", **{name: event[name] for name in ("step", "tick", "ticks", "every")}}
     elif kind == "decision":
         yield {"kind": kind, "step": event["event"]["step"], "values": event["event"]}
+    elif kind == "choice":
+        yield {"kind": kind, "text": event["text"], "margin": event["margin"], "error": event["error"]}
     elif kind == "warning":
         yield {"kind": kind, "text": event["text"]}
 

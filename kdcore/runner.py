@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -16,22 +16,29 @@ from typing import Any, Protocol
 from . import NUMERICS, __version__
 from .card import check_images
 from .codec import canonical, digest, encode
-from .errors import PlanError, PluginError, PreflightError, StorageError
+from .errors import Interrupted, PlanError, PluginError, PreflightError, StorageError
 from .executor import Context, DataCache, Executor
 from .files import replace_file
 from .generators import kept
 from .job import Event, Settings
 from .journal import FIX, Journal
 from .keys import Keys, in_order
-from .plan import Json, MemberResult, Outcome, Result, RunView, Spec, Stage
+from .measure import Measure
+from .plan import Choice, Json, Outcome, Result, ResultRef, Spec, Stage
 from .plugins import PluginHost
 from .recipe import Recipe, compile_recipe
 from .record import Record
 from .store import Store
 from .stored import check_stored
-from .summary import summarise
+from .strategy import check_outcome, check_stages, start, view_result
+from .summary import asked, placed, summarise
 
-REPLAYED = {"run": {"plugins", "code"}, "ask": {"number", "names", "plan", "keys"}, "result": {"key", "curves"}}
+REPLAYED = {
+    "run": {"plugins", "code"},
+    "ask": {"number", "names", "plan", "keys"},
+    "result": {"key", "curves", "seconds"},
+    "choice": {"text"},
+}
 
 
 class Console(Protocol):
@@ -67,14 +74,17 @@ class Run:
     warnings: tuple[str, ...] = ()
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     stages: dict[str, Stage] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list)
     diverged: bool = False
     ending: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         self.store = Store(self.settings.store, lambda text: self.handle({"kind": "warning", "text": text}))
         self.record = Record(self.folder, lambda text: self.console.handle({"kind": "warning", "text": text}))
-        self.view, self.strategy = compile_recipe(self.recipe, self.host.catalog)
         load = self.context.load
+        view, self.strategy = compile_recipe(self.recipe, self.host.catalog)
+        measure = Measure(self.host.catalog, load, view.data)
+        self.view = replace(view, measure=measure.model, estimate=measure.stage)
         self.keys = Keys(self.host.catalog, self.recipe.seed, self.settings, lambda spec: str(load(spec).fingerprint))
         self.info = {"id": self.folder.name, "dir": str(self.folder), "seed": self.recipe.seed}
 
@@ -89,7 +99,7 @@ class Run:
         self.host.emit("kdcore_run_started", run=self.info)
         for text in self.warnings:
             self.handle({"kind": "warning", "text": text})
-        with self.ending:
+        with self.ending, self._delivering_best():
             outcome = self._drive()
             asked = (outcome.student, outcome.teacher)
             self._obtain([ref.stage for ref in asked if ref is not None and isinstance(ref.stage, Stage)])
@@ -118,6 +128,10 @@ class Run:
                 wanted = plan.send(answer)
             except StopIteration as end:
                 return check_outcome(end.value, self.strategy)
+            if isinstance(wanted, Choice):
+                self._choose(wanted)
+                answer = None
+                continue
             stages = check_stages(wanted, self.strategy)
             self._replay(number, stages)
             self._obtain(stages)
@@ -125,9 +139,29 @@ class Run:
             answer = found if isinstance(wanted, list) else found[0]
             number += 1
 
+    def _choose(self, choice: Choice) -> None:
+        """Shows and journals what the strategy decided; a replay decides it again."""
+        text = {"text": choice.text, "margin": choice.margin, "error": choice.error}
+        before = list(self.journal.of("choice"))[len(self.choices) : len(self.choices) + 1]
+        if [record["text"] for record in before] != [choice.text]:
+            self.journal.append({"kind": "choice", **text})
+        self.choices.append(choice)
+        self.handle({"kind": "choice", **text, "is_noise": choice.is_noise})
+
+    @contextmanager
+    def _delivering_best(self) -> Iterator[None]:
+        """A run that is interrupted leaves the best student so far; going on replaces it."""
+        try:
+            yield
+        except Interrupted:
+            if self.choices:
+                self._write_student(self.choices[-1].best)
+                self.handle({"kind": "best_so_far", "text": self.choices[-1].text, "folder": str(self.folder)})
+            raise
+
     def _replay(self, number: int, stages: list[Stage]) -> None:
         """Compares what the strategy asks for with what it asked for before a kill."""
-        now = {"plan": [self.keys.plan(s) for s in stages], "keys": [self.keys.of(s) for s in stages]}
+        now = {"plan": [s.identity for s in stages], "keys": [self.keys.of(s) for s in stages]}
         names = [stage.name for stage in stages]
         before = next((r for r in reversed(self.journal.records) if r["kind"] == "ask" and r["number"] == number), None)
         if before is not None and before["plan"] != now["plan"] and not self.diverged:
@@ -144,6 +178,7 @@ class Run:
         """Brings the results of the stages, and of all that they need, from the store or from training."""
         wanted = [s for s in in_order(stages, self.keys) if self.keys.of(s) not in self.results]
         self.stages |= {self.keys.of(stage): stage for stage in wanted}
+        self.handle({"kind": "asked", "stages": [asked(self, self.keys.of(stage)) for stage in wanted]})
         missing = []
         for stage in wanted:
             stored = self.store.result(self.keys.of(stage))
@@ -176,9 +211,11 @@ class Run:
             record = {"kind": "result", "key": key, "name": self.stages[key].name, "curves": summary}
             cost = {"seconds": result["seconds"], "flops": sum(result["flops"].values()), "reused": result["reused"]}
             self.journal.append({**record, **cost})
-        self.results[key] = result
+        else:
+            result = {**result, "seconds": before[-1]["seconds"]}  # what decided the first time decides again
+        self.results[key] = {**result, **placed(self, key)}
         self.record.curves((s.name, self.results[key]) for key, s in self.stages.items() if key in self.results)
-        self.handle({"kind": "stage_finished", "key": key, "name": self.stages[key].name, "result": result})
+        self.handle({"kind": "stage_finished", "key": key, "name": self.stages[key].name, "result": self.results[key]})
         if result["reused"]:
             for text in result["warnings"]:
                 name = self.stages[key].name
@@ -277,12 +314,14 @@ class Run:
         """student.safetensors, result.json and report.html, each replaced whole."""
         from .report import write
 
-        assert isinstance(outcome.student.stage, Stage)
-        key = self.keys.of(outcome.student.stage)
-        weights = self.store.weights(key, outcome.student.member).read_bytes()
-        replace_file(self.folder / "student.safetensors", weights)
+        self._write_student(outcome.student)
         replace_file(self.folder / "result.json", pretty(result))
         write(result, self.folder / "report.html")
+
+    def _write_student(self, ref: ResultRef) -> None:
+        assert isinstance(ref.stage, Stage)
+        weights = self.store.weights(self.keys.of(ref.stage), ref.member).read_bytes()
+        replace_file(self.folder / "student.safetensors", weights)
 
 
 def _open_journal(path: Path) -> Journal:
@@ -299,52 +338,6 @@ def pretty(data: Json) -> bytes:
     import json
 
     return json.dumps(data, indent=1, allow_nan=False).encode() + b"\n"
-
-
-def start(strategy: Spec, view: RunView, host: PluginHost) -> Any:
-    """The strategy's generator, not yet started."""
-    entry = host.catalog.find("strategy", strategy.name)
-    options = entry.options_class()(**strategy.options)
-    plan = entry.load()().plan(view, options)
-    if not hasattr(plan, "send"):
-        raise PluginError("plan() is not a generator", where=f"strategy {entry.full_name!r}", fix="yield stages.")
-    return plan
-
-
-def check_stages(wanted: Any, strategy: Spec) -> list[Stage]:
-    """What a strategy yielded, as a list of stages."""
-    stages = wanted if isinstance(wanted, list) else [wanted]
-    if not stages or not all(isinstance(stage, Stage) for stage in stages):
-        raise PlanError(f"yielded {wanted!r}", where=f"strategy {strategy.name!r}", fix="Yield a Stage or some.")
-    return stages
-
-
-def check_outcome(value: Any, strategy: Spec) -> Outcome:
-    """What a strategy returned."""
-    if not isinstance(value, Outcome) or not isinstance(value.student.stage, Stage):
-        raise PlanError(f"returned {value!r}", where=f"strategy {strategy.name!r}", fix="Return an Outcome.")
-    return value
-
-
-def view_result(stage: Stage, data: Mapping[str, Any]) -> Result:
-    """A stage's result without anything that was measured on the test split."""
-    members = {
-        name: MemberResult(
-            ref=stage[name],
-            accuracy=_number(member["monitor_accuracy"]),
-            best_accuracy=_number(member["best_monitor_accuracy"]),
-            curve=tuple(member["curve"]),
-            params=member["params"],
-            flops=member["flops"] or 0,
-        )
-        for name, member in data["members"].items()
-    }
-    flops = sum(data["flops"].values())
-    return Result(stage, data["key"], members, tuple(data["events"]), data["seconds"], flops)
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
 
 
 def now() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError
 
 from .errors import StorageError
-from .options import Plain
+from .options import Field, Plain
 from .plan import Json
 
 
@@ -28,6 +28,8 @@ class StoredMember(Plain):
     test_accuracy_last: float | None
     best_monitor_accuracy: float | None
     test_accuracy_at_best: float | None
+    monitor_correct: str
+    monitor_images: int = Field(ge=0)
     curve: list[dict[str, float]]
 
 
@@ -42,6 +44,7 @@ class Stored(Plain):
     seconds: float
     steps: int
     flops: dict[str, int]
+    member_seconds: dict[str, float]
     events: list[dict[str, Json]]
     warnings: list[str]
     environment: dict[str, Json]

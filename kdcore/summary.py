@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .plan import Json, Outcome, ResultRef, Stage
+from .plan import Choice, Json, Outcome, ResultRef, Stage
 
 if TYPE_CHECKING:
     from .runner import Run
@@ -22,19 +22,21 @@ def summarise(run: Run, outcome: Outcome, seconds: float) -> dict[str, Any]:
     from .runner import now
 
     chain = _chain(outcome.student)
-    stages = [_stage(run, key) for key in run.results]
+    stages = list(run.results.values())
     warnings = [*run.warnings, *(f"{stage['name']}: {text}" for stage in stages for text in stage["warnings"])]
     student, control = _member(run, outcome.student), _member(run, _control(outcome.student))
     warnings += _below(student, control, len(run.context.load(run.view.data).monitor))
     return {
         "kdcore": __version__,
         "run": {**run.info, "seconds": seconds, "finished": now()},
-        "protocol": _protocol(run),
+        "protocol": _protocol(run, outcome),
         "student": student,
         "teacher": _member(run, outcome.teacher or (chain[0] if len(chain) > 1 else None)),
         "control": control,
         "chain": [_link(run, ref) for ref in chain],
         "stages": stages,
+        "choices": [_choice(choice) for choice in run.choices],
+        "replicates": {name: [_replicate(run, ref) for ref in refs] for name, refs in outcome.replicates.items()},
         "evidence": dict(outcome.evidence),
         "note": outcome.note,
         "warnings": warnings,
@@ -58,12 +60,24 @@ def _below(student: dict[str, Any] | None, control: dict[str, Any] | None, image
     return [f"the student ends at {own:.2%} on the monitor split, its label-only control at {other:.2%}"]
 
 
-def _stage(run: Run, key: str) -> dict[str, Any]:
-    """A stage's stored result with its place in the plan; the name is this run's, the result may be another's."""
+def placed(run: Run, key: str) -> dict[str, Any]:
+    """A stage's place in the plan; names are this run's, its result may be another's."""
     stage = run.stages[key]
-    inputs = {name: _link(run, m.init) for name, m in stage.members.items() if m.init is not None}
-    uses = {name: _link(run, ref) for name, ref in stage.uses.items()}
-    return {**run.results[key], "name": stage.name, "inputs": inputs, "uses": uses}
+    return {
+        "key": key,
+        "name": stage.name,
+        "seed": run.recipe.seed if stage.seed is None else stage.seed,
+        "controllers": [spec.name.rpartition("/")[2] for spec in stage.controllers],
+        "inputs": {role: _link(run, m.init) for role, m in stage.members.items() if m.init is not None},
+        "uses": {name: _link(run, ref) for name, ref in stage.uses.items()},
+    }
+
+
+def asked(run: Run, key: str) -> dict[str, Any]:
+    """What is known of a stage before it begins: its place, and who is in it."""
+    stage = run.stages[key]
+    members = {role: {"model": str(m.model), "trained": bool(m.terms)} for role, m in stage.members.items()}
+    return {**placed(run, key), "length": stage.length, "members": members}
 
 
 def _link(run: Run, ref: ResultRef) -> dict[str, str]:
@@ -79,6 +93,22 @@ def _member(run: Run, ref: ResultRef | None) -> dict[str, Any] | None:
     kept = ("model", "test_accuracy", "monitor_accuracy", "test_accuracy_last", "monitor_accuracy_last",
             "best_monitor_accuracy", "test_accuracy_at_best", "params", "flops", "latency_ms")  # fmt: skip
     return {**{name: member[name] for name in kept}, **link}
+
+
+def _choice(choice: Choice) -> dict[str, Json]:
+    return {"text": choice.text, "margin": choice.margin, "error": choice.error, "is_noise": choice.is_noise}
+
+
+def _replicate(run: Run, ref: ResultRef) -> dict[str, Any]:
+    member = _member(run, ref)
+    assert member is not None
+    return {**member, "seed": run.results[member["stage"]]["seed"]}
+
+
+def _seeds(run: Run, outcome: Outcome) -> list[int]:
+    """Of the stages that are reported: the student's, or those of its replicates."""
+    refs = [ref for refs in outcome.replicates.values() for ref in refs] or [outcome.student]
+    return sorted({run.results[_link(run, ref)["stage"]]["seed"] for ref in refs})
 
 
 def _chain(student: ResultRef) -> list[ResultRef]:
@@ -105,7 +135,7 @@ def _control(student: ResultRef) -> ResultRef | None:
     return student.stage[CONTROL] if CONTROL in student.stage.members else None
 
 
-def _protocol(run: Run) -> dict[str, Json]:
+def _protocol(run: Run, outcome: Outcome) -> dict[str, Json]:
     spec = run.view.data
     splits = run.context.load(spec)
     keep = run.recipe.train.keep
@@ -119,7 +149,7 @@ def _protocol(run: Run) -> dict[str, Json]:
         "monitor_share": spec.monitor if splits.carved else None,
         "test_images": sizes["test"],
         "split_seed": spec.split_seed,
-        "seeds": [run.recipe.seed],
+        "seeds": _seeds(run, outcome),
         "text": (
             f"Reported are {chosen}, trained on {sizes['train']} images. Every decision was made on a monitor split "
             f"of {sizes['monitor']} images {origin}; the {sizes['test']} test images decided nothing."

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from ..codec import digest
 from ..errors import PlanError
 from ..journal import Journal
 from ..keys import Keys, in_order
+from ..measure import Measure
 from ..options import Field, Plain
-from ..plan import MemberResult, Result, SourceSpec, Stage
+from ..plan import Choice, MemberResult, Plan, Result, Spec, Stage
 from ..plugins import PluginHost
 from ..recipe import Recipe, compile_recipe, load
-from ..runner import Run, check_outcome, check_stages, make_context, make_settings, start
+from ..runner import Run, make_context, make_settings
+from ..runview import UnmeasuredError
 from ..store import Store
 from ..stored import check_stored
+from ..strategy import check_outcome, check_stages, start
 from .console import RunConsole
 
 LONGEST_PLAN = 1000
@@ -99,7 +104,8 @@ def check(source: Path | Mapping[str, Any], sets: Sequence[str], host: PluginHos
     host.require(recipe.plugins.require)
     view, strategy = compile_recipe(recipe, host.catalog)
     first = start(strategy, view, host)
-    next(first, None)  # models that only the strategy knows of are named in its first stages
+    with suppress(UnmeasuredError):
+        next(first, None)  # models that only the strategy knows of are named in its first stages
     first.close()
     return recipe
 
@@ -141,9 +147,11 @@ def show_plan(source: Path, sets: list[str], host: PluginHost, root: Path, store
     context = make_context(host)
     keys = Keys(host.catalog, recipe.seed, settings, lambda spec: str(context.load(spec).fingerprint))
     table = Table("stage", "members", "length", "TFLOPs", "stored")
-    total = 0
-    for stage in in_order(_planned(recipe, host), keys):
-        cost = _flops(stage, host, context.load)
+    view, strategy = compile_recipe(recipe, host.catalog)
+    measure = Measure(host.catalog, context.load, view.data)
+    view, total = dataclasses.replace(view, measure=measure.model, estimate=measure.stage), 0
+    for stage in in_order(_planned(start(strategy, view, host), strategy), keys):
+        cost = measure.stage(stage)
         stored = Store(settings.store).result(keys.of(stage)) is not None
         total += 0 if stored else cost
         members = ", ".join(f"{name} {member.model}" for name, member in stage.members.items())
@@ -153,15 +161,18 @@ def show_plan(source: Path, sets: list[str], host: PluginHost, root: Path, store
     console.print(f"to train: {total / 1e12:.3f} TFLOPs (convolutions and matrix products; no stop is assumed)")
 
 
-def _planned(recipe: Recipe, host: PluginHost) -> list[Stage]:
-    view, strategy = compile_recipe(recipe, host.catalog)
-    plan, answer, stages = start(strategy, view, host), None, list[Stage]()
+def _planned(plan: Plan, strategy: Spec) -> list[Stage]:
+    answer: Any = None
+    stages: list[Stage] = []
     while len(stages) < LONGEST_PLAN:
         try:
             wanted = plan.send(answer)
         except StopIteration as end:
             check_outcome(end.value, strategy)
             return stages
+        if isinstance(wanted, Choice):
+            answer = None
+            continue
         asked = check_stages(wanted, strategy)
         stages += asked
         flat = [_flat(stage) for stage in asked]
@@ -173,24 +184,6 @@ def _flat(stage: Stage) -> Result:
     """A result that says that every member is equally good."""
     members = {name: MemberResult(stage[name], 0.5, 0.5, (), 0, 0) for name in stage.members}
     return Result(stage, "", members, (), 0.0, 0)
-
-
-def _flops(stage: Stage, host: PluginHost, load: Callable[[SourceSpec], Any]) -> int:
-    """Forward passes of frozen members and three times that of trained ones, over all images."""
-    from ..training import cost
-    from ..training.member import build_model, classifies
-
-    splits = load(stage.data)
-    batches = len(splits.train) // stage.data.batch_size if stage.data.drop_last else 0
-    images = batches * stage.data.batch_size or len(splits.train)
-    if stage.tick != "epoch":
-        images = stage.data.batch_size
-    total = 0
-    for member in stage.members.values():
-        module = build_model(member.model, host.catalog, splits.info, stage.seed or 0).eval()
-        if classifies(module):
-            total += cost.flops(module, splits.info) * (3 if member.terms else 1) * images * stage.length
-    return total
 
 
 # ---------------------------------------------------------------- store

@@ -37,17 +37,25 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             module.train(mode)
 
 
-def accuracy(session: Session, module: nn.Module, split: Split) -> dict[str, float]:
-    """``accuracy`` (share) and ``loss`` (mean cross-entropy in nats) of a classifier on a split."""
-    correct = torch.zeros((), dtype=torch.int64, device=session.device)
+def accuracy(
+    session: Session, module: nn.Module, split: Split, correct: list[Tensor] | None = None
+) -> dict[str, float]:
+    """``accuracy`` (share) and ``loss`` (mean cross-entropy in nats) of a classifier on a split.
+
+    Adds to ``correct`` one tensor a batch, [B] bool, True where it is right.
+    """
+    right = torch.zeros((), dtype=torch.int64, device=session.device)
     loss = torch.zeros((), dtype=torch.float64, device=session.device)
     with evaluating(module), session.autocast():
         for inputs, target in eval_batches(split, session.splits, session.device, session.eval_size):
             logits = module(inputs).float()
-            correct += (logits.argmax(1) == target).sum()
+            hits = logits.argmax(1) == target
+            right += hits.sum()
+            if correct is not None:
+                correct.append(hits)
             loss += F.cross_entropy(logits, target, reduction="sum")
     total = len(split)
-    return {"accuracy": correct.item() / total, "loss": loss.item() / total}
+    return {"accuracy": right.item() / total, "loss": loss.item() / total}
 
 
 def metrics(session: Session, learner: Learner) -> dict[str, float]:

@@ -174,6 +174,7 @@ def _step(session: Session) -> None:
 
 def _log(session: Session, clock: Clock) -> None:
     means = session.meters.flush(session.stage.name)
+    session.stopwatch.settle()
     speed = clock.speed()
     session.emit({"kind": "log", "step": session.step, "metrics": {**means, "images_per_second": speed}})
 

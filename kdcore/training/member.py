@@ -60,6 +60,7 @@ class Learner:
     best_state: dict[str, Tensor] | None = None
     still: dict[str, float] | None = None  # accuracy while it is frozen
     passes: int = 0  # forward passes over an image; a training step counts as three
+    seconds: float = 0.0  # of its work in steps
     curve: list[dict[str, float]] = field(default_factory=list)
 
     def live(self) -> list[LiveTerm]:

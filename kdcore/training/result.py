@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import platform
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -47,6 +49,7 @@ def finish(session: Session) -> dict[str, Any]:
         "images_per_second": images / session.seconds if session.seconds else None,
         "members": members,
         "flops": {name: learner.passes * forward[name] for name, learner in session.learners.items()},
+        "member_seconds": {name: learner.seconds for name, learner in session.learners.items()},
         "events": session.events,
         "warnings": session.warnings,
         "environment": _environment(session),
@@ -83,6 +86,8 @@ def _member(session: Session, learner: Learner) -> dict[str, Any]:
         "curve": learner.curve if learner.terms else [],
         "best_tick": learner.best[0],
         **dict.fromkeys(ACCURACIES),
+        "monitor_correct": "",
+        "monitor_images": 0,
     }
     if not classifies(module):
         return row
@@ -92,28 +97,38 @@ def _member(session: Session, learner: Learner) -> dict[str, Any]:
     at_best = _accuracies(session, learner, learner.best_state) if learner.best_state else last
     delivered = at_best if session.stage.keep == "best" else last
     return row | {
-        "monitor_accuracy": delivered[0],
-        "test_accuracy": delivered[1],
-        "monitor_accuracy_last": last[0],
-        "test_accuracy_last": last[1],
-        "best_monitor_accuracy": max(last[0], at_best[0]),
-        "test_accuracy_at_best": at_best[1],
+        "monitor_accuracy": delivered.monitor,
+        "test_accuracy": delivered.test,
+        "monitor_accuracy_last": last.monitor,
+        "test_accuracy_last": last.test,
+        "best_monitor_accuracy": max(last.monitor, at_best.monitor),
+        "test_accuracy_at_best": at_best.test,
+        "monitor_correct": delivered.correct,
+        "monitor_images": len(session.splits.monitor),
     }
 
 
-def _accuracies(
-    session: Session, learner: Learner, weights: dict[str, torch.Tensor] | None = None
-) -> tuple[float, float]:
-    """Accuracy on the monitor and on the test split, with these weights or the last ones."""
+class _Accuracies(NamedTuple):
+    """On both splits; ``correct`` has a bit for each monitor image, packed from the highest on, as base64."""
+
+    monitor: float
+    test: float
+    correct: str
+
+
+def _accuracies(session: Session, learner: Learner, weights: dict[str, torch.Tensor] | None = None) -> _Accuracies:
+    """With these weights or the last ones."""
     module = learner.evaluated
     kept = host_state(module) if weights is not None else None
     if weights is not None:
         module.load_state_dict(weights)
-    splits = (session.splits.monitor, session.splits.test)
-    monitor, test = (evaluate.accuracy(session, module, split)["accuracy"] for split in splits)
+    hits: list[torch.Tensor] = []
+    monitor = evaluate.accuracy(session, module, session.splits.monitor, hits)["accuracy"]
+    test = evaluate.accuracy(session, module, session.splits.test)["accuracy"]
     if kept is not None:
         module.load_state_dict(kept)
-    return monitor, test
+    packed = np.packbits(torch.cat(hits).cpu().numpy())
+    return _Accuracies(monitor, test, base64.b64encode(packed.tobytes()).decode())
 
 
 def _environment(session: Session) -> dict[str, Json]:

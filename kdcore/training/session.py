@@ -27,6 +27,7 @@ from .member import Learner, LiveTerm, Tapped, build_model, classifies, load_wei
 from .meters import Meters
 from .schedules import as_schedule, compile_schedule
 from .step import StepContext
+from .stopwatch import Stopwatch
 
 EVAL_SIZE = 512
 
@@ -51,6 +52,7 @@ class Session:
     metrics: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]]
     probe: Batch
     context: StepContext = field(init=False)
+    stopwatch: Stopwatch = field(init=False)
     meters: Meters = field(default_factory=Meters)
     step: int = 0
     tick: int = 0
@@ -61,7 +63,7 @@ class Session:
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.context = StepContext(self)
+        self.context, self.stopwatch = StepContext(self), Stopwatch(self.device)
 
     @property
     def seed(self) -> int:

@@ -116,6 +116,7 @@ def _member_state(learner: Learner) -> dict[str, Json]:
         "dropped": learner.dropped,
         "best": list(learner.best),
         "passes": learner.passes,
+        "seconds": learner.seconds,
         "curve": learner.curve,
         "optimizer": _numbers(learner.optimizer),
     }
@@ -192,6 +193,7 @@ def _numbers(optimizer: torch.optim.Optimizer | None) -> dict[str, Json]:
 def _restore(learner: Learner, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     learner.dropped, learner.passes, learner.curve = saved["dropped"], saved["passes"], saved["curve"]
     learner.best = (saved["best"][0], saved["best"][1])
+    learner.seconds = float(saved["seconds"])
     _restore_buffers(learner.module, _under(tensors, f"{learner.name}/buffers/"))
     if not learner.terms:
         return

@@ -81,15 +81,18 @@ class StepContext:
         images = next((len(x) for x in inputs if isinstance(x, Tensor)), 0)
         learner.passes += images * (3 if trained else 1)
         device.seed_dropout(session.device, self.seed(name))
-        with torch.set_grad_enabled(trained or through), session.autocast():
+        with session.stopwatch.of(learner), torch.set_grad_enabled(trained or through), session.autocast():
             logits = learner.module(*inputs)
         taps = dict(learner.tapped.taps) if learner.tapped is not None else {}
         return Outputs(logits, taps)
 
     def loss(self, name: str, own: Outputs, others: Mapping[str, Outputs], batch: Batch) -> Tensor:
         """The weighted objective of a member, 0-d, with every term recorded."""
-        terms = self._session.learners[name].live()
-        total = weighted_loss(terms, own, others, batch, lambda label, value: self.record(f"{name}.{label}", value))
+        learner = self._session.learners[name]
+        with self._session.stopwatch.of(learner):
+            total = weighted_loss(
+                learner.live(), own, others, batch, lambda label, value: self.record(f"{name}.{label}", value)
+            )
         self.record(f"{name}.loss", total)
         return total
 
@@ -101,7 +104,8 @@ class StepContext:
             learner.optimizer.zero_grad(set_to_none=True)
         if self._share != 1:
             loss = loss * self._share
-        loss.backward(inputs=learner.parameters)  # type: ignore[no-untyped-call]
+        with self._session.stopwatch.of(learner):
+            loss.backward(inputs=learner.parameters)  # type: ignore[no-untyped-call]
 
     def apply(self, name: str) -> None:
         """Clips, steps the optimizer at the scheduled rate, and moves the average."""
@@ -113,9 +117,10 @@ class StepContext:
         scale = self._session.rate(learner)
         for group in learner.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
-        learner.optimizer.step()
-        if learner.ema is not None:
-            learner.ema.update_parameters(learner.module)
+        with self._session.stopwatch.of(learner):
+            learner.optimizer.step()
+            if learner.ema is not None:
+                learner.ema.update_parameters(learner.module)
 
     def record(self, name: str, value: Tensor) -> None:
         """Adds a 0-d tensor to the curve ``member.name``; no sync."""

@@ -1,0 +1,53 @@
+"""What models and stages cost, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .plan import ModelRef, SourceSpec, Stage
+from .registry import Catalog
+from .runview import ModelCost
+
+
+@dataclass
+class Measure:
+    """Measures models on images like the data's; each model once.
+
+    Args:
+        catalog: where models are found.
+        load: the splits of a source.
+        data: the run's.
+    """
+
+    catalog: Catalog
+    load: Callable[[SourceSpec], Any]
+    data: SourceSpec
+    _known: dict[str, ModelCost] = field(default_factory=dict)
+
+    def model(self, ref: ModelRef) -> ModelCost:
+        """Parameters, and FLOPs of one image forward; 0 of a model that does not take images."""
+        known = repr(ref)
+        if known not in self._known:
+            self._known[known] = self._measured(ref)
+        return self._known[known]
+
+    def _measured(self, ref: ModelRef) -> ModelCost:
+        from .training import cost
+        from .training.member import build_model, classifies
+
+        info = self.load(self.data).info
+        module = build_model(ref, self.catalog, info, 0).eval()
+        return ModelCost(cost.parameters(module), cost.flops(module, info) if classifies(module) else 0)
+
+    def stage(self, stage: Stage) -> int:
+        """FLOPs of a stage in which nothing stops: a forward pass of every frozen member and three times that of every
+        trained one, over all images. A stream counts one batch a step.
+        """
+        splits, size = self.load(stage.data), stage.data.batch_size
+        images = len(splits.train) // size * size if stage.data.drop_last else len(splits.train)
+        if stage.tick != "epoch":
+            images = size
+        passes = (self.model(m.model).flops * (3 if m.terms else 1) for m in stage.members.values())
+        return sum(passes) * images * stage.length
