@@ -16,7 +16,7 @@ from kdcore import RecipeError
 MODES = ("greedy", "beam", "exhaustive")
 SIZES = st.lists(st.integers(3, 19), min_size=1, max_size=4, unique=True)
 SHARES = st.sampled_from([0.3, 0.4, 0.5, 0.6, math.nan])
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=40, deadline=None)
 
 
 @st.composite
