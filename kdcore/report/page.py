@@ -10,8 +10,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ..chains import Table
 from . import figures
-from .curves import Series, Stop, Table, member_series, number, places, position, share_series, shown, stops, unit
+from .curves import Series, Stop, member_series, number, places, position, share_series, shown, stops, unit
 from .formats import NONE, count, milliseconds, percent, ratio, scaled, seconds
 
 ROLES = ("student", "teacher", "control")
