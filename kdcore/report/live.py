@@ -10,7 +10,8 @@ from markupsafe import Markup
 from . import figures
 from .curves import OTHER_COLORS, ROLE_COLORS, Points, Series, number
 from .formats import NONE, count, percent, seconds
-from .page import Grid, Panel, decisions, grid, panels
+from .page import decisions, panels
+from .parts import Grid, Panel, grid
 
 if TYPE_CHECKING:
     from ..progress import Progress, StageProgress

@@ -14,28 +14,10 @@ from ..chains import Table
 from . import figures
 from .curves import Series, Stop, member_series, number, places, position, share_series, shown, stops, unit
 from .formats import NONE, count, milliseconds, percent, ratio, scaled, seconds
+from .parts import Grid, Panel, grid
 
 ROLES = ("student", "teacher", "control")
 ACROSS = 5  # models side by side whose names are readable on 1280 pixels
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table: heads as (text, "text" | "num" | "long"); the first cell of a row is its header."""
-
-    caption: str
-    heads: tuple[tuple[str, str], ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A figure with what a reader needs to understand it."""
-
-    title: str
-    svg: Markup
-    series: tuple[Series, ...] = ()
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -266,36 +248,3 @@ def _decision(event: Table) -> str:
     if event["kind"] == "pieces":
         return f"{target} in {value} pieces"
     return f"{target} = {json.dumps(value)}" if event["kind"] == "set" else f"{event['kind']} {target or ''}".strip()
-
-
-def _cost(result: Table) -> Grid:
-    rows = []
-    for s in result["stages"]:
-        flops = ", ".join(f"{role} {scaled(value)}" for role, value in s["flops"].items()) or NONE
-        rate, origin = count(s["images_per_second"]), "reused" if s["reused"] else "trained"
-        rows.append((s["name"], seconds(s["seconds"]), count(s["steps"]), rate, flops, origin))
-    new = [number(s["seconds"]) or 0.0 for s in result["stages"] if not s["reused"]]
-    all_of_them = sum(number(s["seconds"]) or 0.0 for s in result["stages"])
-    rows.append(("All stages, when they were trained", seconds(all_of_them), "", "", "", ""))
-    rows.append(("Trained in this run", seconds(sum(new)), "", "", "", f"{len(new)} of {len(result['stages'])} stages"))
-    heads = ("Stage", "Time", "Steps", "Images / s", "FLOPs by member", "Result")
-    return grid("Cost of each stage", heads, "text num num num long text", rows)
-
-
-def _versions(result: Table) -> list[Grid]:
-    rows = [(p["name"], p["distribution"] or NONE, p["version"] or NONE) for p in result["plugins"]]
-    machines: dict[str, list[str]] = {}
-    for stage in result["stages"]:
-        text = ", ".join(f"{key} {value}" for key, value in stage["environment"].items())
-        machines.setdefault(text, []).append(stage["name"])
-    return [
-        grid("Versions", ("Part", "Version"), "text text", result["versions"].items()),
-        grid("Plugins", ("Plugin", "Distribution", "Version"), "text text text", rows),
-        grid("Machine", ("Stages", "Environment"), "text long", [("; ".join(v), k) for k, v in machines.items()]),
-    ]
-
-
-def grid(caption: str, heads: Sequence[str], kinds: str, rows: Iterable[Sequence[Any]]) -> Grid:
-    """A table; ``kinds`` has one word a head."""
-    cells = tuple(tuple(NONE if cell is None else str(cell) for cell in row) for row in rows)
-    return Grid(caption, tuple(zip(heads, kinds.split(), strict=True)), cells)
