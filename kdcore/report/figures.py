@@ -9,8 +9,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import mean
 from typing import TYPE_CHECKING
 
+from .averages import Variant
 from .curves import Series, Stop
 
 if TYPE_CHECKING:
@@ -63,6 +65,34 @@ def lines(name: str, label: str, series: Sequence[Series], stops: Sequence[Stop]
             axes.plot(*zip(*s.points, strict=True), color=s.color, linestyle=s.dash)
 
     return panel(name, label, draw, stops, unit, percent)
+
+
+def averages(
+    name: str, label: str, found: Sequence[Variant], limits: tuple[float, float], last: float, unit: str
+) -> str:
+    """Mean curves with light bands from the lowest to the highest, on axes that several figures share.
+
+    Args:
+        name: begins the figure's ids.
+        label: what it shows, for those who do not see it.
+        found: the curves.
+        limits: of the shares that are shown.
+        last: the place where the axis ends.
+        unit: of places.
+    """
+
+    def draw(axes: Axes) -> None:
+        for one in found:
+            if one.stages > 1:
+                places, low, high = zip(*one.band, strict=True)
+                axes.fill_between(places, low, high, color=one.series.color, alpha=0.16, linewidth=0)
+            axes.plot(*zip(*one.series.points, strict=True), color=one.series.color, linestyle=one.series.dash)
+            for at in one.stops[1:] and one.stops:
+                axes.axvline(at, color=ALARM, linewidth=0.9, linestyle=":")
+        axes.set(xlim=(0, last), ylim=limits)
+
+    stops = [Stop(mean(one.stops), "") for one in found if one.stops]
+    return panel(name, label, draw, stops, unit, percent=True)
 
 
 def bands(

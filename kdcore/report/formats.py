@@ -35,6 +35,12 @@ def count(value: Any) -> str:
     return NONE if whole is None else f"{whole:,.0f}"
 
 
+def place(value: Any) -> str:
+    """An epoch or a step, which a mean over seeds may put between two."""
+    at = number(value)
+    return NONE if at is None else f"{at:,.1f}".removesuffix(".0")
+
+
 def scaled(value: Any) -> str:
     """Three digits and a prefix: 12.4 M."""
     size = number(value)

@@ -11,24 +11,29 @@ from typing import Any
 from markupsafe import Markup
 
 from ..chains import Table
-from . import figures
+from . import figures, study, tables
 from .curves import Series, Stop, member_series, number, places, position, share_series, shown, stops, unit
 from .formats import NONE, count, milliseconds, percent, ratio, scaled, seconds
 from .parts import Grid, Panel, grid
 
 ROLES = ("student", "teacher", "control")
 ACROSS = 5  # models side by side whose names are readable on 1280 pixels
+MOST_DRAWN = 40  # stages: three figures each take about half a second and 60 kB
+NOT_DRAWN = "In a run of so many stages only those of the chosen chain are drawn; curves.csv has every curve."
 
 
 @dataclass(frozen=True)
 class StageView:
-    """A stage as the page shows it; one that leads to the student is open from the start."""
+    """A stage as the page shows it; one that leads to the student is open from the start. ``without`` is said where
+    there are no figures.
+    """
 
     name: str
     about: str
     on_chain: bool
     members: Grid
     panels: tuple[Panel, ...]
+    without: str
 
 
 def view(result: Table) -> dict[str, Any]:
@@ -40,12 +45,26 @@ def view(result: Table) -> dict[str, Any]:
         "warnings": _warnings(result),
         "headline": _headline(result),
         "protocol": _protocol(result),
-        "chain": _chain(result),
+        "chain": study.tree_panels(result) if study.is_study(result) else _chain(result),
+        **_study(result),
         "stages": [_stage(result, stage, f"s{i}") for i, stage in enumerate(result["stages"], 1)],
         "decisions": decisions(result["stages"]),
-        "cost": _cost(result),
-        "versions": _versions(result),
+        "cost": [tables.costs_by_role(result), tables.stages(result)],
+        "versions": tables.versions(result),
         "recipe": json.dumps(result["recipe"], indent=2, ensure_ascii=False),
+    }
+
+
+def _study(result: Table) -> dict[str, Any]:
+    """What several chains, seeds and choices add to the page; empty where there is but one of each."""
+    several = study.is_study(result)
+    steps = study.steps(result) if several else []
+    return {
+        "choices": tables.choices(result["choices"]),
+        "replicates": tables.replicates(result),
+        "chain_curves": study.chain_panels(result) if several else [],
+        "step_curves": study.step_panels(steps),
+        "convergence": study.convergence(steps),
     }
 
 
@@ -174,9 +193,13 @@ def _stage(result: Table, stage: Table, name: str) -> StageView:
     facts = [f"step {stage['step']}", f"{count(stage['length'])} {unit(stage)}s", f"{count(stage['steps'])} steps"]
     for role, ref in [*stage["inputs"].items(), *stage["uses"].items()]:
         facts.append(f"{role} from “{names.get(ref['stage'], ref['stage'][:12])}”")
+    facts += [f"seed {stage['seed']}"] if len({s["seed"] for s in result["stages"]}) > 1 else []
     facts += ["reused" if stage["reused"] else "trained", f"key {stage['key'][:12]}"]
     on_chain = stage["key"] in {link["stage"] for link in result["chain"]}
-    return StageView(stage["name"], " · ".join(facts), on_chain, _members(result, stage), panels(result, stage, name))
+    few = len(result["stages"]) <= MOST_DRAWN
+    drawn = panels(result, stage, name) if on_chain or few else ()
+    why = "No curves: fewer than two points." if on_chain or few else NOT_DRAWN
+    return StageView(stage["name"], " · ".join(facts), on_chain, _members(result, stage), drawn, why)
 
 
 def _members(result: Table, stage: Table) -> Grid:
