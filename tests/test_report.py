@@ -115,7 +115,7 @@ def test_importing_the_report_imports_neither_matplotlib_nor_jinja2():
 
 def poisoned(value):
     """The result with every free text replaced; what the contract gives a meaning keeps it."""
-    fixed = {"key", "stage", "selection", "tick", "kind", "target"}
+    fixed = {"key", "stage", "member", "selection", "tick", "kind", "target"}
     if isinstance(value, dict):
         return {name: item if name in fixed else poisoned(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -43,8 +43,8 @@ def tree_panels(result: Table) -> list[tuple[str, int, Panel]]:
     nodes, controllers = _nodes(result)
     said = "; ".join(_said(nodes, i) for i in range(len(nodes)))
     note = (
-        "Test accuracy of each model, mean and standard deviation over seeds. An arrow is a distillation, with the "
-        f"{unit(result['stages'][-1])} at which it stopped, the mean over seeds. The chosen chain is bold."
+        "Test accuracy of each model, mean and standard deviation if it has several seeds. An arrow is a distillation, "
+        f"with the mean {unit(result['stages'][-1])} at which it stopped. The chosen chain is bold."
     )
     if any(chain.controllers != controllers for chain in whole(result)):
         note += f" Drawn are the chains {'with ' + ' + '.join(controllers) if controllers else 'without controllers'}."
