@@ -173,6 +173,17 @@ def test_in_a_run_of_many_stages_only_the_chosen_chain_is_drawn_and_the_page_say
     assert few.texts.count("Monitor accuracy") - 1 == 16
 
 
+def test_many_warnings_and_long_tables_are_folded_and_whole(made):
+    warnings = [f"warning {i}!" for i in range(12)]
+    stages = [copy.deepcopy(stage) for stage in made["stages"]]
+    stages[0]["events"] = [{**stages[1]["events"][0], "reason": f"reason {i}!"} for i in range(41)]
+    page = Page(render({**made, "stages": stages, "warnings": warnings}))
+    assert all(f"{said} {i}!" in page.texts for said, count in (("warning", 12), ("reason", 41)) for i in range(count))
+    assert [text for text in page.texts if re.fullmatch(r"2 more|[\w ]+: \d+ rows", text)] == [
+        "2 more", f"Decisions of controllers: {41 + 6} rows", "Cost of each stage: 64 rows",
+    ]  # fmt: skip
+
+
 def test_a_tree_too_deep_to_read_across_goes_down_on_every_page():
     result = searched(seeds=(0,), variants=(True,))
     deep = next(stage for stage in result["stages"] if stage["key"] == "10-8-6-4-2.0.True")

@@ -60,20 +60,27 @@ def _nodes(result: Table) -> tuple[list[tree.Node], tuple[str, ...]]:
     """The nodes, teachers first, and the controllers of the chains that they are of."""
     found = chains(result["stages"])
     best = chosen(result, found) or whole(result)[0]
-    kept = [chain for chain in found if chain.controllers == best.controllers]
-    above = {chain.links[:end] for chain in kept for end in range(2, len(chain.links))}
-    kept = [chain for chain in found if chain in kept or chain.links in above]
     stages = {stage["key"]: stage for stage in result["stages"]}
     nodes: list[tree.Node] = []
     places: dict[Link, int] = {}
-    for group in sorted(groups(kept), key=lambda group: len(group.models)):
-        for links in ([c.links[0] for c in group.chains], [c.end for c in group.chains]):
-            old = [places[link] for link in links if link in places]
-            places |= dict.fromkeys(links, old[0] if old else len(nodes))
-            if not old:
-                parent = places.get(group.chains[0].links[-2]) if links[0] == group.chains[0].end else None
-                nodes.append(_node(stages, links, parent, bool(set(links) & set(best.links))))
+
+    def add(links: Sequence[Link], parent: int | None) -> None:
+        old = [places[link] for link in links if link in places]
+        places.update(dict.fromkeys(links, old[0] if old else len(nodes)))
+        if not old:
+            nodes.append(_node(stages, links, parent, bool(set(links) & set(best.links))))
+
+    for group in sorted(groups(_like(best, found)), key=lambda group: len(group.models)):
+        add(list(dict.fromkeys(chain.links[0] for chain in group.chains)), None)
+        add([chain.end for chain in group.chains], places[group.chains[0].links[-2]])
     return nodes, best.controllers
+
+
+def _like(best: Chain, found: Sequence[Chain]) -> list[Chain]:
+    """The chains with the same controllers, and those that they go on."""
+    same = [chain for chain in found if chain.controllers == best.controllers]
+    begun = {chain.links[:end] for chain in same for end in range(2, len(chain.links))}
+    return [chain for chain in found if chain.controllers == best.controllers or chain.links in begun]
 
 
 def _node(stages: Table, links: Sequence[Link], parent: int | None, is_chosen: bool) -> tree.Node:

@@ -90,9 +90,8 @@ def costs_by_role(result: Table) -> Grid:
     ]  # fmt: skip
     rows = [(name, scaled(work.flops) if work.flops else NONE, seconds(work.seconds), how)
             for name, work, how in works if work != Work()]  # fmt: skip
-    return grid(
-        "Cost and savings", ("", "FLOPs", "Time", "How it was obtained"), "text num num long", [*rows, *_ratios(found)]
-    )
+    heads = ("", "FLOPs", "Time", "How it was obtained")
+    return grid("Cost and savings", heads, "text num num long", [*rows, *_ratios(found)])
 
 
 def _ratios(found: Costs) -> Iterator[tuple[str, str, str, str]]:
