@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-Table: TypeAlias = Mapping[str, Any]
+from ..chains import Table, ends_distillation
+
 Points: TypeAlias = tuple[tuple[float, float], ...]
 
 ROLE_COLORS = {"student": "#1d5fa6", "teacher": "#b4530a", "control": "#5f6368"}
@@ -98,13 +99,6 @@ def stops(stage: Table) -> list[Stop]:
     reasons: dict[float, list[str]] = {}
     for event in stage["events"]:
         at = number(event[unit(stage)])
-        if at is not None and _ends_distillation(stage, event):
+        if at is not None and ends_distillation(stage, event):
             reasons.setdefault(at, []).append(event["reason"] or "")
     return [Stop(at, "; ".join(dict.fromkeys(filter(None, said)))) for at, said in sorted(reasons.items())]
-
-
-def _ends_distillation(stage: Table, event: Table) -> bool:
-    kind, target = event["kind"], str(event["target"])
-    if kind == "drop":  # of a teacher; a dropped control or partner ends something else
-        return not stage["members"].get(target, {"trained": True})["trained"]
-    return kind == "finish" or (kind == "set" and target.endswith(".weight") and number(event["value"]) == 0)
