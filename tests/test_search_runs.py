@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kdcore_search import Search
 from small import file_hash, make_run
+from test_readme import blocks
 
 from kdcore.errors import Interrupted, RecipeError
 
@@ -214,3 +217,12 @@ def test_a_plan_shows_the_longest_search_that_the_budget_pays(tmp_path, cli):
         assert done.code == 0, done.err
         lengths.append(sum("mlp-" in line for line in done.out.splitlines()))
     assert lengths == [11, 6]
+
+
+def test_the_guide_names_every_option_and_its_recipe_is_right(tmp_path, cli):
+    guide = (HERE.parent / "docs" / "search.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", guide, re.M) == [*Search.Options.model_fields]
+    (tmp_path / "guide.toml").write_text(*blocks("toml", guide))
+    done = cli("plan", tmp_path / "guide.toml")
+    assert done.code == 0, done.err
+    assert "mlp-6 > cnn-2 > mlp-4 > mlp-3 > mlp-2" in done.out
