@@ -168,9 +168,9 @@ def test_after_ctrl_c_the_same_command_goes_on_and_starts_no_finished_stage(inte
     assert new[0]["step"] > 0
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [3, pytest.param(8, marks=pytest.mark.long)])
 def test_a_search_killed_anywhere_ends_with_the_same_chain_and_weights(kills):
-    searches = 1 if kills < 10 else 12
+    searches = 1 if kills == 3 else 6
     command = [sys.executable, "-W", "ignore", str(HERE / "kill_search.py"), str(searches), str(kills)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
