@@ -61,9 +61,14 @@ def run(arguments: list[str], *prepare: Callable[[], None]) -> int:
     return os.waitpid(in_child(arguments, lambda: [one() for one in prepare] and None), 0)[1]
 
 
+def results(root: Path) -> list[Path]:
+    """Of the stages that are stored whole; a kill may leave a half-written folder."""
+    return [path for path in root.glob("store/results/*/result.json") if len(path.parent.name) == 64]
+
+
 def finished(root: Path) -> set[str]:
-    """Keys of the stages whose results are stored."""
-    return {path.parent.name for path in root.glob("store/results/*/result.json") if len(path.parent.name) == 64}
+    """Keys of the stages that are stored."""
+    return {path.parent.name for path in results(root)}
 
 
 def started(root: Path) -> list[str]:
@@ -103,7 +108,7 @@ def search(root: Path, recipe: Path, kills: int, chance: random.Random, unique: 
     status = run(arguments, counting_steps(steps))
     if status or stored & set(started(root)[before:]):
         return f"the last run ended with status {status}, or began a finished stage again"
-    interval = max(json.loads(path.read_bytes())["steps"] for path in root.glob("store/results/*/result.json")) // 2
+    interval = max(json.loads(path.read_bytes())["steps"] for path in results(root)) // 2
     spare = steps.stat().st_size - unique
     return "" if 0 <= spare <= kills * interval else f"{spare} steps were repeated, an epoch has {interval}"
 
