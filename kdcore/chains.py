@@ -93,6 +93,17 @@ def teachers(stage: Table) -> list[str]:
     return [role for role in stage["inputs"] if role in stage["members"] and not stage["members"][role]["trained"]]
 
 
+def teacher_of(stage: Table, role: str) -> tuple[str, str] | None:
+    """Key and member of the result that a distilled member learns from: of several the one called teacher, or the
+    first.
+    """
+    if role not in learners(stage):
+        return None
+    frozen = teachers(stage)
+    origin = stage["inputs"]["teacher" if "teacher" in frozen else frozen[0]]
+    return origin["stage"], origin["member"]
+
+
 def of_student(result: Table) -> list[Chain]:
     """The chains that end in the model that the run delivers."""
     return [chain for chain in chains(result["stages"]) if chain.end.model == result["student"]["model"]]
@@ -154,11 +165,9 @@ def ends_distillation(stage: Table, event: Table) -> bool:
 def _chain(stages: Mapping[str, Table], key: str, member: str) -> Chain:
     links = [_link(stages, key, member)]
     controllers: list[str] = []
-    while links[0].member in learners(stage := stages[links[0].stage]):
-        controllers = [*stage["controllers"], *controllers]
-        first = teachers(stage)
-        origin = stage["inputs"]["teacher" if "teacher" in first else first[0]]
-        links.insert(0, _link(stages, origin["stage"], origin["member"]))
+    while origin := teacher_of(stages[links[0].stage], links[0].member):
+        controllers = [*stages[links[0].stage]["controllers"], *controllers]
+        links.insert(0, _link(stages, *origin))
     return Chain(tuple(links), stages[key]["seed"], tuple(dict.fromkeys(controllers)))
 
 

@@ -40,7 +40,6 @@ class Trained(Plain):
     key: str
     seconds: float
     flops: dict[str, int]
-    controllers: tuple[str, ...] = ()
     inputs: dict[str, dict[str, str]] = Field({})
     uses: dict[str, dict[str, str]] = Field({})
 

@@ -293,8 +293,8 @@ class Choice:
 
     @property
     def is_noise(self) -> bool:
-        """The margin is less than its standard error."""
-        return self.margin is not None and self.error is not None and abs(self.margin) < self.error
+        """The margin is within its standard error."""
+        return self.margin is not None and self.error is not None and abs(self.margin) <= self.error
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ class Driven:
 
     @property
     def texts(self) -> list[str]:
-        return [choice.text for choice in self.choices]
+        points = [None if choice.margin is None else f"{100 * choice.margin:+.2f} points" for choice in self.choices]
+        return [": ".join(filter(None, pair)) for pair in zip((c.text for c in self.choices), points, strict=True)]
 
 
 Script = Callable[[Stage], "float | bytes"]

@@ -54,7 +54,7 @@ def test_a_choice_is_shown_journalled_once_and_reported(tmp_path):
     (event,) = first.console.kinds("choice")
     assert {"kind": "choice", **choice} == event
     assert 0 < choice["error"] < 0.2
-    assert choice["is_noise"] == (abs(choice["margin"]) < choice["error"])
+    assert choice["is_noise"] == (abs(choice["margin"]) <= choice["error"])
     again = chooser(tmp_path)
     again.execute()
     assert [record["text"] for record in again.journal.of("choice")] == [choice["text"]]

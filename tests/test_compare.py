@@ -57,7 +57,9 @@ def trained(key, teacher="", seconds=2.0, flops=10**12, controllers=()):
     member = "teacher" if teacher.startswith("t") else "student"
     inputs = {"teacher": {"stage": teacher, "member": member}} if teacher else {}
     flops = {"student": flops, "teacher": flops}
-    return {"key": key, "seconds": seconds, "flops": flops, "inputs": inputs, "uses": {}, "controllers": controllers}
+    members = {"student": {"model": "mlp-1", "trained": True}, "teacher": {"model": "mlp-2", "trained": not teacher}}
+    return {"key": key, "seconds": seconds, "flops": flops, "inputs": inputs, "uses": {}, "controllers": controllers,
+            "members": members, "seed": 0}  # fmt: skip
 
 
 def compared(*results, **options):
@@ -299,7 +301,7 @@ def test_the_table_of_a_search_measures_against_the_direct_student_under_the_sam
     rows = {name: [row(f"{key}{s}", tests[key][s], seed=s) for s in (0, 1)] for key, name in names.items()}
     console = Console(width=80)
     with console.capture() as shown:
-        console.print(chains_table(result(replicates=rows, stages=stages)))
+        console.print(chains_table(result(stage="long0", replicates=rows, stages=stages)))
     lines = [line.rstrip() for line in shown.get().splitlines()[-4:]]
     assert lines[0].endswith("over 4-2")
     assert lines[1] == "4-3-2 (chosen)    2  96.50 ± 0.71  91.00 ± 0.00  +2.50 [-16.56, +21.56]"

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from small import RECIPE, die_at_step_30, make_run
 
+from kdcore.chains import label
 from kdcore.cli.console import RunConsole
-from kdcore.cli.tree import Growth, chain_name, choice_text
+from kdcore.cli.tree import Growth, choice_text
 from kdcore.cli.treeconsole import TreeConsole, TreeView
 
 OFF = {"kind": "set", "target": "student.kd.weight", "value": 0.0, "reason": "", "controller": "dskd"}
@@ -291,7 +292,7 @@ def test_a_terminal_without_unicode_shows_the_tree_too():
     ],
 )
 def test_a_chain_is_named_by_sizes_where_its_models_are_of_one_family(models, name):
-    assert chain_name(models) == name
+    assert label(models) == name
 
 
 def test_a_choice_is_said_with_its_margin_and_whether_that_is_noise():

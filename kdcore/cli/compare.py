@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..chains import chains
 from ..compare import CONFIDENCE, Comparison, Finding, Gap, Sample, Variant, check_finding, compare, gap, samples_of
 from ..errors import RecipeError
 from ..files import replace_file
@@ -18,7 +19,7 @@ from ..options import shown
 from ..plan import Json
 from ..progress import is_finished
 from ..reading import read_table
-from .tree import spread, teacher_of
+from .tree import spread
 
 SCOPE = (
     f"Differences of test accuracies, paired by seed: mean in points and {CONFIDENCE:.0%} interval of Student's t. "
@@ -142,7 +143,7 @@ def chains_table(result: Mapping[str, Any]) -> Table:
     """
     finding = check_finding(result, "result.json")
     samples = {name: samples_of(rows, finding.run.seed) for name, rows in finding.replicates.items()}
-    direct = _direct(finding)
+    direct = _direct(result)
     heads = [f"over {direct}"] if direct else []
     kept = WEIGHTS.get(str(finding.protocol["selection"]), "")
     title = f"Students of {kept}" + (
@@ -156,13 +157,12 @@ def chains_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _direct(finding: Finding) -> str:
-    """The first chain from a teacher to its student without assistants, under the chosen one's controllers."""
-    stages = {stage.key: stage.model_dump() for stage in finding.stages}
-    chosen = stages[finding.students()[0].stage]["controllers"]
-    for name, rows in finding.replicates.items():
-        stage = stages[rows[0].stage]
-        above = teacher_of(stage, rows[0].member)
-        if stage["controllers"] == chosen and above is not None and teacher_of(stages[above[0]], above[1]) is None:
-            return name
+def _direct(result: Mapping[str, Any]) -> str:
+    """Name of the chain from a teacher to its student without assistants, under the chosen one's controllers."""
+    found = {(chain.end.stage, chain.end.member): chain for chain in chains(result["stages"])}
+    best = found.get((result["student"]["stage"], result["student"]["member"]))
+    for name, (first, *_) in result["replicates"].items():
+        chain = found.get((first["stage"], first["member"]))
+        if chain and best and chain.controllers == best.controllers and len(chain.links) == 2:
+            return str(name)
     return ""

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
+from ..chains import CONTROL, teacher_of
 from ..job import Event
 from ..report.curves import stops
-from ..summary import CONTROL
 
 Place: TypeAlias = tuple[tuple[str, str, int], ...]
 """From the root to a node: model, role ("control" or empty), and a number where one stage is like another."""
@@ -217,29 +217,6 @@ def _later(stage: _Stage, event: Event) -> _Stage:
             every=result["tick"], accuracy=accuracy, events=tuple(result["events"]),
         )  # fmt: skip
     return stage
-
-
-def teacher_of(stage: Mapping[str, Any], role: str) -> tuple[str, str] | None:
-    """Key and member of the result that teaches a member of a stage; None where labels alone do.
-
-    Args:
-        stage: as an event "asked" or result.json has it.
-        role: of the member. What a member starts from is no teacher, and a control has none.
-    """
-    others = {name: link for name, link in stage["inputs"].items() if name != role}
-    if role == CONTROL or not others:
-        return None
-    link = others.get("teacher") or next(iter(others.values()))
-    return link["stage"], link["member"]
-
-
-def chain_name(models: Sequence[str]) -> str:
-    """``10-8-2``: sizes from teacher to student if all are of one family; else ``cnn-3 > mlp-4 > mlp-2``."""
-    parts = [model.rpartition("-") for model in models]
-    of_one_family = len({family for family, _, _ in parts}) == 1 and parts[0][0]
-    if of_one_family and all(size.isdigit() for _, _, size in parts):
-        return "-".join(size for _, _, size in parts)
-    return " > ".join(models)
 
 
 def choice_text(choice: Event) -> str:

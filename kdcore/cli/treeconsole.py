@@ -13,11 +13,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..chains import label
 from ..errors import RecipeError
 from ..job import Event
 from ..recipe import load
 from .console import RunConsole
-from .tree import Growth, Learner, Node, Tree, chain_name, spread
+from .tree import Growth, Learner, Node, Tree, spread
 
 CHOICES = 3  # the last ones are shown below a tree that grows
 FEW = 3  # seeds whose stops are shown one by one
@@ -97,7 +98,7 @@ def chain_line(node: Node, controllers: Sequence[str]) -> str:
         "{}": "reused" if _state(node) == "reused" else "",
     }
     said = [words.format(fact) for words, fact in facts.items() if fact]
-    return f"{chain_name(node.chain)}: {', '.join(said)}"
+    return f"{label(node.chain)}: {', '.join(said)}"
 
 
 @dataclass(frozen=True)

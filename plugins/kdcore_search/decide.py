@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
@@ -28,9 +27,7 @@ def between(study: Study, chosen: Chain, other: Chain, how: str, best: Chain) ->
     found = kdcore.paired_difference(study.students(chosen), study.students(other))
     if math.isnan(found.mean):
         return kdcore.Choice(f"{text}: no accuracy to compare", delivered(study, best))
-    choice = kdcore.Choice(text, delivered(study, best), found.mean, found.error)
-    noise = ", within one standard error: noise" if choice.is_noise else ""
-    return dataclasses.replace(choice, text=f"{text}: {_points(found)}{noise}")
+    return kdcore.Choice(text, delivered(study, best), found.mean, found.error)
 
 
 def left_out(study: Study, chains: Sequence[Chain], best: Chain) -> Iterable[kdcore.Choice]:
