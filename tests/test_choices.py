@@ -1,0 +1,122 @@
+"""What a strategy decides and measures: choices, replicates, seconds, and what an interrupted run leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from small import RECIPE, die_at_step_30, file_hash, make_run, weights
+
+from kdcore.errors import Interrupted
+from kdcore.plugins import load_plugins
+
+CHOOSER = """
+import dataclasses
+import kdcore
+
+@kdcore.hookimpl
+def kdcore_register(registry):
+    registry.strategy("chooser", Chooser)
+
+class Chooser:
+    class Options(kdcore.Options):
+        pass
+
+    def plan(self, run, options):
+        kinds = [run.model({"model": "mlp", "size": size}) for size in (1, 2)]
+        kinds.sort(key=lambda model: run.measure(model).params, reverse=True)
+        first = run.label_only("teacher", kinds[0])
+        yield first
+        views = [dataclasses.replace(run, seed=seed) for seed in (run.seed, run.seed + 1)]
+        found = yield [view.distilled(kinds[1], first["teacher"]) for view in views]
+        better = kdcore.paired_difference([found[0]["student"]], [found[1]["student"]])
+        best = found[0]["student"].ref
+        yield kdcore.Choice(f"{found[0].seconds:.9f} s", best, better.mean, better.error)
+        refs = tuple(result["student"].ref for result in found)
+        return kdcore.Outcome(best, first["teacher"], replicates={"direct": refs})
+"""
+
+
+def chooser(root):
+    file = root / f"{root.name}.py"  # a module has one file in a process
+    file.write_text(CHOOSER)
+    host = load_plugins(files=[str(file)])
+    return make_run(root, recipe={**RECIPE, "strategy": {"name": "chooser"}}, host=host)
+
+
+def test_a_choice_is_shown_journalled_once_and_reported(tmp_path):
+    first = chooser(tmp_path)
+    result = first.execute()
+    (choice,) = result["choices"]
+    (event,) = first.console.kinds("choice")
+    assert {"kind": "choice", **choice} == event
+    assert 0 < choice["error"] < 0.2
+    assert choice["is_noise"] == (abs(choice["margin"]) < choice["error"])
+    again = chooser(tmp_path)
+    again.execute()
+    assert [record["text"] for record in again.journal.of("choice")] == [choice["text"]]
+
+
+def test_replicates_are_reported_with_their_seeds(tmp_path):
+    result = chooser(tmp_path).execute()
+    direct = result["replicates"]["direct"]
+    assert [replicate["seed"] for replicate in direct] == result["protocol"]["seeds"] == [0, 1]
+    assert direct[0]["test_accuracy"] == result["student"]["test_accuracy"]
+    assert direct[0]["stage"] != direct[1]["stage"]
+
+
+def test_seconds_decide_as_they_did_the_first_time(tmp_path):
+    """A result that was lost and is trained again takes another time; the strategy sees the journal's."""
+    first = chooser(tmp_path)
+    told = first.execute()["choices"]
+    (key,) = [record["key"] for record in first.journal.of("result") if record["name"] == "mlp-2 -> mlp-1"][:1]
+    shutil.rmtree(tmp_path / "store" / "results" / key)
+    assert chooser(tmp_path).execute()["choices"] == told
+
+
+def test_an_interrupted_run_leaves_the_best_student_so_far(tmp_path):
+    run = chooser(tmp_path)
+    handle = run.console.handle
+
+    def interrupt(event):
+        handle(event)
+        if event["kind"] == "choice":
+            raise Interrupted(2)
+
+    run.console.handle = interrupt
+    with pytest.raises(Interrupted):
+        run.execute()
+    assert run.console.kinds("best_so_far")[0]["folder"] == str(tmp_path / "run")
+    assert file_hash(tmp_path / "run" / "student.safetensors") in weights(tmp_path)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_recipe_is_checked_up_to_the_first_measure_without_torch(tmp_path):
+    (tmp_path / "chooser.py").write_text(CHOOSER)
+    recipe = tmp_path / "r.toml"
+    models = 'teacher = { model = "mlp", size = 2 }\nstudent = { model = "mlp", size = 1 }\n'
+    recipe.write_text(f'data = {{ name = "digits" }}\n{models}strategy = "chooser"\n')
+    code = f"""
+import sys
+from kdcore.cli.drive import check
+from kdcore.plugins import load_plugins
+check(__import__("pathlib").Path({str(recipe)!r}), [], load_plugins(files=[{str(tmp_path / "chooser.py")!r}]))
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_seconds_of_members_are_those_of_their_work_and_survive_a_kill(tmp_path):
+    whole = make_run(tmp_path / "a", sets=["train.epochs=4"]).execute()["stages"][1]
+    assert set(whole["member_seconds"]) == {"student", "teacher"}
+    assert 0 < whole["member_seconds"]["teacher"] < whole["member_seconds"]["student"]
+    assert sum(whole["member_seconds"].values()) < whole["seconds"]
+    sets = ["train.epochs=4", "execute.checkpoint_seconds=0"]
+    die_at_step_30(make_run(tmp_path / "b", sets=sets))
+    state = json.loads(next((tmp_path / "b" / "store").rglob("state.json")).read_text())
+    again = make_run(tmp_path / "b", sets=sets).execute()["stages"][1]
+    for name, seconds in again["member_seconds"].items():
+        assert seconds > state["members"][name]["seconds"] > 0
