@@ -21,7 +21,8 @@ def kdcore_register(registry: Registrar) -> None:
                      about="scikit-learn's 1,797 real 8x8 digits, embedded")  # fmt: skip
     registry.dataset("synthetic", f"{sets}.sets:synthetic", options=f"{sets}.options:SyntheticOptions",
                      about="random class prototypes and noise of any size")  # fmt: skip
-    for name, about in (("mnist", "28x28 grey digits"), ("cifar10", "32x32 RGB"), ("cifar100", "32x32 RGB")):
+    for name, about in (("mnist", "28x28 grey digits"), ("cifar10", "32x32 RGB"), ("cifar100", "32x32 RGB"),
+                        ("svhn", "32x32 RGB house numbers")):  # fmt: skip
         registry.dataset(name, f"{sets}.sets:{name}", options=f"{sets}.options:TorchvisionOptions",
                          about=f"torchvision's {name}, {about}; needs root")  # fmt: skip
     registry.source("epochs", f"{sets}.source:EpochSource", options="kdcore.options:Options",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import struct
 import subprocess
@@ -13,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.io import savemat
 
-from kdcore.data import Batch, DataInfo, Dataset, Random, SourceContext, Split, load_splits
+from kdcore.data import Batch, DataInfo, Dataset, Random, SourceContext, Split, Splits, load_splits
 from kdcore.data.augment import Flip, Shift, flip, shift
 from kdcore.data.options import DigitsOptions, ShiftOptions, SyntheticOptions, TorchvisionOptions
-from kdcore.data.sets import cifar10, cifar100, digits, mnist, synthetic
+from kdcore.data.sets import cifar10, cifar100, digits, mnist, svhn, synthetic
 from kdcore.data.source import EpochSource, eval_batches
 from kdcore.data.splits import statistics, stratified
 from kdcore.errors import DataError
@@ -520,7 +522,103 @@ def test_cifar100_has_fine_labels(tmp_path: Path):
     assert (len(data.train), data.classes, int(data.test.labels.max())) == (200, 100, 99)
 
 
-@pytest.mark.parametrize("build", [mnist, cifar10, cifar100])
+def write_svhn(root: Path, labels: np.ndarray | None = None, part: str = "train", samples: int = 40) -> Path:
+    """As published: X is [32, 32, 3, N], y [N, 1] from 1 to 10, where 10 stands for the digit 0."""
+    path = root / f"{part}_32x32.mat"
+    pixels = np.arange(samples * 3072, dtype=np.uint64).astype(np.uint8).reshape(-1, 3, 32, 32)
+    labels = np.arange(samples, dtype=np.uint8) % 10 + 1 if labels is None else labels
+    savemat(path, {"X": pixels.transpose(2, 3, 1, 0), "y": labels[:, None]}, do_compression=True)
+    return path
+
+
+def load_svhn(root: Path, **options: bool) -> Splits:
+    chosen = TorchvisionOptions(root=str(root), **{"verify": False, **options})
+    return load_splits(svhn, chosen, monitor=0.3, split_seed=0, name="svhn")
+
+
+def test_svhn_reads_the_published_layout(tmp_path: Path):
+    for part in ("train", "test"):
+        write_svhn(tmp_path, part=part)
+    data = svhn(TorchvisionOptions(root=str(tmp_path), verify=False))
+    assert data.train.images.shape == (40, 3, 32, 32)
+    assert data.train.images.dtype == torch.uint8
+    assert torch.equal(data.train.images.flatten(), torch.arange(40 * 3072).to(torch.uint8))
+    assert data.train.labels[:11].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert load_svhn(tmp_path).info == DataInfo((3, 32, 32), 10)
+
+
+def test_svhn_with_another_md5_needs_verify_false(tmp_path: Path):
+    for part in ("train", "test"):
+        write_svhn(tmp_path, part=part)
+    with pytest.raises(DataError, match=r"cannot read SVHN: .*verify = false"):
+        load_svhn(tmp_path, verify=True)
+
+
+def test_svhn_takes_a_file_whose_md5_is_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from torchvision.datasets import SVHN
+
+    files = [write_svhn(tmp_path, part=part) for part in ("train", "test")]
+    sums = (hashlib.md5(file.read_bytes()).hexdigest() for file in files)
+    parts = {name: ["", f"{name}_32x32.mat", md5] for name, md5 in zip(("train", "test"), sums, strict=True)}
+    monkeypatch.setattr(SVHN, "split_list", parts)
+    assert len(load_svhn(tmp_path, verify=True).test) == 40
+
+
+class Shell:
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+SPOILED = {
+    "cut": lambda good: good[: len(good) // 2],
+    "cut between its arrays": lambda good: good[: 136 + struct.unpack("<i", good[132:136])[0]],
+    "empty": lambda good: b"",
+    "a pickle": lambda good: pickle.dumps([Shell(), bytes(200)]),
+    "of MATLAB 7.3": lambda good: good[:124] + b"\0\2IM" + good[128:],
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_spoiled_svhn_file_is_a_data_error_and_runs_nothing(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    path = write_svhn(tmp_path)
+    write_svhn(tmp_path, part="test")
+    path.write_bytes(SPOILED[how](path.read_bytes()))
+    with pytest.raises(DataError, match=f"{tmp_path}: cannot read SVHN: .*Delete the files, and write download = true"):
+        load_svhn(tmp_path)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.arange(40) % 10 + 2, "train split: sample 9 has label 11 .*from 0 to 9"),
+        (np.arange(40) % 10 - 1, "train split: sample 0 has label -1"),
+        (np.arange(30) % 10, "train split: 40 images but 30 labels"),
+    ],
+)
+def test_svhn_labels_that_do_not_fit_are_refused(labels: np.ndarray, message: str, tmp_path: Path):
+    write_svhn(tmp_path, labels.astype(np.int16))
+    write_svhn(tmp_path, part="test")
+    with pytest.raises(DataError, match=message):
+        load_svhn(tmp_path)
+
+
+def test_svhns_extra_split_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from torchvision.datasets import SVHN
+
+    def download(self) -> None:
+        path = write_svhn(tmp_path, part=self.split)
+        self.split_list = {self.split: ["", path.name, hashlib.md5(path.read_bytes()).hexdigest()]}
+
+    monkeypatch.setattr(SVHN, "download", download)
+    assert len(load_svhn(tmp_path, download=True).test) == 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test_32x32.mat", "train_32x32.mat"]
+
+
+@pytest.mark.parametrize("build", [mnist, cifar10, cifar100, svhn])
 def test_a_missing_set_names_the_file_and_the_way_to_get_it(build, tmp_path: Path):
     with pytest.raises(DataError, match=rf"{tmp_path}.*does not exist.*download = true"):
         build(TorchvisionOptions(root=str(tmp_path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from kdcore.errors import PluginError, RecipeError
 from kdcore.options import Field, Options
 from kdcore.origin import Origin
 from kdcore.plugins import PluginHost
+from kdcore.recipe import compile_recipe, load
 from kdcore.registry import Catalog, Entry
 
 # ---------------------------------------------------------------- unknown keys
@@ -204,3 +206,15 @@ def test_options_of_a_plugin_are_checked_by_its_own_model() -> None:
 def test_options_that_are_no_options_class_blame_the_plugin() -> None:
     with pytest.raises(PluginError, match=r"Derive them from kdcore\.Options"):
         entry("acme", "net", options=dict).options_class()
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "svhn"])
+def test_the_recipes_of_table_1_are_sound_and_their_assistants_lie_between_student_and_teacher(host, name):
+    path = Path(__file__).parents[1] / "examples" / f"dskd_{name}.toml"
+    view, _ = compile_recipe(load(path, ['strategy={name="distill"}']), host.catalog)
+    candidates = [view.model(table) for table in load(path).strategy.extras["candidates"]]
+    sizes = [model.options["size"] for model in (view.student, *candidates, view.teacher)]
+    assert sizes == sorted(set(sizes))
+    assert {model.model for model in candidates} == {view.student.model}
+    assert view.data.dataset.name == f"core/{name}"
+    assert view.controllers[0].options["patience"] == 3

@@ -85,7 +85,7 @@ def test_every_log_line_and_tick_is_there_at_its_step(tmp_path, host, writer):
         values = [row[metric] for row in stage["members"]["student"]["curve"]]
         assert [row[1:] for row in found if row[0] == f"student/{metric}"] == list(zip(ticks, values, strict=True))
     (text,) = [row for row in found if row[0] == "decisions"]
-    assert "step 22: set student.kd.weight 0.0 (40% of 4 epochs are over)" in text[2]
+    assert "step 22: set student.kd.weight 0.0 (2 of 4 epochs are over)" in text[2]
     assert len({row[:2] for row in found}) == len(found)
 
 

@@ -24,8 +24,8 @@ class TorchvisionOptions(Options):
     download: bool = Field(False, description="true to download the set if it is not there")
     verify: bool = Field(
         True,
-        description="false to accept CIFAR files whose md5 is not the published one, as when their samples are in "
-        "another order (they are pickles, which can run code: only files that you trust)",
+        description="false to accept CIFAR or SVHN files whose md5 is not the published one, as when their samples are "
+        "in another order (CIFAR's are pickles, which can run code: only files that you trust)",
     )
 
 

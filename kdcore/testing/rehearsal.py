@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -155,6 +156,7 @@ def _row(
     row |= {"accuracy": share, "loss": 1 - share}
     if trained:
         row |= {f"share.{term.label}": 1 / len(learner.live()) for term in learner.live()}
+        row |= {f"cosine.{a.label}.{b.label}": 2 * share - 1 for a, b in combinations(learner.live(), 2)}
         row |= dict.fromkeys(metrics, 1 - share)
     return row
 

@@ -34,11 +34,19 @@ class EarlyStop:
         self.options = options
         self.stopped = False
 
+    @staticmethod
+    def prepare(stage: kdcore.Stage, run: kdcore.RunView, options: Options) -> kdcore.Stage:
+        """Refuses a student that has nothing to go on with."""
+        if all(term.source is not None for term in stage.members["student"].terms):
+            fix = 'Add [[objective]] loss = "cross_entropy"; its weight may be 0.'
+            raise kdcore.PlanError("no term on labels to go on with", where="objective", fix=fix)
+        return stage
+
     def decide(self, view: kdcore.TickView) -> Iterable[kdcore.Decision]:
-        if self.stopped or view.tick < self.options.fraction * view.length:
+        if self.stopped or view.tick / view.length < self.options.fraction:  # 0.28 * 25 is above 7
             return []
         self.stopped = True
-        reason = f"{self.options.fraction:.0%} of {view.length} epochs are over"
+        reason = f"{view.tick} of {view.length} epochs are over"
         return kdcore.labels_alone(view, "student", reason, self.options.label_weight)
 
     def state_dict(self) -> dict[str, Any]:
