@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdcore
-from kdcore import DataInfo, Field, Options, Outcome, Outputs, RunView, Set, Shapes, Spec, Stage
+from kdcore import Choice, DataInfo, Field, Options, Outcome, Outputs, RunView, Set, Shapes, Spec, Stage
 from kdcore.testing import Subject
 
 COUNT = itertools.count()
@@ -59,6 +59,7 @@ class Search:
         self.look(before)
         stage = self.changed(run.distilled(run.student, teacher["teacher"]))
         (found,) = yield [stage]
+        yield Choice("the student", self.best(stage))
         last, now = before["teacher"].accuracy, found["student"].accuracy
         while self.goes_on(last, now):
             found = yield stage
@@ -74,6 +75,9 @@ class Search:
 
     def goes_on(self, last: float, now: float) -> bool:
         return False
+
+    def best(self, stage: Stage) -> kdcore.ResultRef:
+        return stage["student"]
 
     def outcome(self, run: RunView, stage: Stage) -> Any:
         return Outcome(stage["student"])
@@ -118,6 +122,12 @@ class ReadsTheTeachersCurve(Search):
 class ReturnsAnother(Search):
     def outcome(self, run, stage):
         return Outcome(replace(stage, length=stage.length + 1)["student"])
+
+
+@breaks("choices-are-of-what-was-asked-for")
+class ChoosesWhatComesNext(Search):
+    def best(self, stage):
+        return replace(stage, seed=1)["student"]
 
 
 @breaks("stages-are-json")

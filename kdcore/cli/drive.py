@@ -150,7 +150,7 @@ def show_plan(source: Path, sets: list[str], host: PluginHost, root: Path, store
     view, strategy = compile_recipe(recipe, host.catalog)
     measure = Measure(host.catalog, context.load, view.data)
     view, total = dataclasses.replace(view, measure=measure.model, estimate=measure.stage), 0
-    for stage in in_order(_planned(start(strategy, view, host), strategy), keys):
+    for stage in in_order(_planned(start(strategy, view, host), strategy, measure.stage), keys):
         cost = measure.stage(stage)
         stored = Store(settings.store).result(keys.of(stage)) is not None
         total += 0 if stored else cost
@@ -161,7 +161,7 @@ def show_plan(source: Path, sets: list[str], host: PluginHost, root: Path, store
     console.print(f"to train: {total / 1e12:.3f} TFLOPs (convolutions and matrix products; no stop is assumed)")
 
 
-def _planned(plan: Plan, strategy: Spec) -> list[Stage]:
+def _planned(plan: Plan, strategy: Spec, cost: Callable[[Stage], int]) -> list[Stage]:
     answer: Any = None
     stages: list[Stage] = []
     while len(stages) < LONGEST_PLAN:
@@ -175,15 +175,15 @@ def _planned(plan: Plan, strategy: Spec) -> list[Stage]:
             continue
         asked = check_stages(wanted, strategy)
         stages += asked
-        flat = [_flat(stage) for stage in asked]
+        flat = [_flat(stage, cost(stage)) for stage in asked]
         answer = flat if isinstance(wanted, list) else flat[0]
     raise PlanError(f"more than {LONGEST_PLAN} stages", where=f"strategy {strategy.name!r}")
 
 
-def _flat(stage: Stage) -> Result:
-    """A result that says that every member is equally good."""
+def _flat(stage: Stage, flops: int) -> Result:
+    """A result that says that every member is equally good, and that the stage cost what it may at most."""
     members = {name: MemberResult(stage[name], 0.5, 0.5, (), 0, 0) for name in stage.members}
-    return Result(stage, "", members, (), 0.0, 0)
+    return Result(stage, "", members, (), 0.0, flops)
 
 
 # ---------------------------------------------------------------- store

@@ -80,10 +80,13 @@ def nothing(number: int) -> float:
 
 @dataclasses.dataclass
 class Drive:
-    """What a strategy asked for, in order, and what it returned at its end; None if it did not end."""
+    """What a strategy asked for, in order, what it returned at its end (None if it did not end), and its choices, each
+    with the number of stages asked for before.
+    """
 
     asked: list[Stage]
     outcome: Any = None
+    choices: list[tuple[Choice, int]] = dataclasses.field(default_factory=list)
 
 
 def drive(subject: Subject, script: Callable[[int], float] = rising, view: RunView | None = None) -> Drive:
@@ -108,6 +111,7 @@ def drive(subject: Subject, script: Callable[[int], float] = rising, view: RunVi
 
 def _answer(found: Drive, wanted: Any, script: Callable[[int], float]) -> Any:
     if isinstance(wanted, Choice):
+        found.choices.append((wanted, len(found.asked)))
         return None
     stages, results = wanted if isinstance(wanted, list) else [wanted], []
     right = bool(stages) and all(isinstance(stage, Stage) for stage in stages)
@@ -212,16 +216,32 @@ def outcome_was_asked_for(subject: Subject) -> None:
     found = drive(subject)
     if not isinstance(found.outcome, Outcome):
         raise SkipTest("it returns no Outcome, see ends-on-good-results")
-    student = found.outcome.student
-    asked = identities(found)
     fix = 'Yield the stage first, and return Outcome(stage["student"]).'
-    stage = student.stage
+    _is_known(found.outcome.student, identities(found), "the outcome's student", fix)
+
+
+@check
+def choices_are_of_what_was_asked_for(subject: Subject) -> None:
+    """The best of every choice is a member of a stage that it asked for before.
+
+    A run that is interrupted delivers the last choice's best: it must be trained by then.
+    """
+    for script in (rising, flat, falling):
+        found = drive(subject, script)
+        known = identities(found)
+        for choice, number in found.choices:
+            fix = 'Yield the stage first, then Choice(text, best=stage["student"]).'
+            _is_known(choice.best, known[:number], f"the best of the choice {choice.text!r}", fix)
+
+
+def _is_known(ref: Any, known: list[str], what: str, fix: str) -> None:
+    """Requires a member of a stage that is among these identities."""
+    stage = getattr(ref, "stage", None)
     if not isinstance(stage, Stage):
-        raise AssertionError(f"the outcome's student is a member of {stage!r}. {fix}")
+        raise AssertionError(f"{what} is a member of {stage!r}. {fix}")
     (own,) = identities(Drive([stage]))
-    require(own in asked, f"it never asked for the stage {stage.name!r} of its outcome", fix)
-    members = stage.members
-    require(student.member in members, f"{student.member!r} is none of its stage's {sorted(members)}", fix)
+    require(own in known, f"it never asked for the stage {stage.name!r} of {what}", fix)
+    require(ref.member in stage.members, f"{what}, {ref.member!r}, is none of its stage's {sorted(stage.members)}", fix)
 
 
 @check

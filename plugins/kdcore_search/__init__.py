@@ -7,14 +7,14 @@ models of any families, decisions over seeds with standard errors, budgets and p
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from typing import Any, ClassVar, Literal
+import math
+from collections.abc import Generator
 
 import kdcore
 
 from . import decide
-from .budget import Budget
 from .chains import DIRECT, Chain, Chains
+from .options import SearchOptions
 from .study import Study
 
 KDCORE_HOOKS = 1
@@ -26,45 +26,23 @@ def kdcore_register(registry: kdcore.Registrar) -> None:
 
 
 class Search:
-    """Grows chains from the direct student on: each round puts one assistant more next to the teacher."""
+    """Grows chains from the direct student on: a round puts one assistant more between the teacher and the others."""
 
-    class Options(kdcore.Options):
-        """Candidates, the rule by which chains are kept, and what the search may cost."""
+    Options = SearchOptions
 
-        example: ClassVar[Mapping[str, Any]] = {"candidates": [{"model": "mlp", "size": 2}]}
-
-        candidates: list[dict[str, Any]] = kdcore.Field(
-            min_length=1, description='models between teacher and student, e.g. [{ model = "cnn", size = 2 }]'
-        )
-        mode: Literal["greedy", "exhaustive", "beam"] = kdcore.Field(
-            "greedy", description='"greedy", "exhaustive" or "beam"'
-        )
-        width: int = kdcore.Field(2, ge=1, description="the chains that a beam keeps a round, from 1")
-        assistants: int | None = kdcore.Field(
-            None, ge=1, description="the most assistants of a chain, from 1; without it, as many as candidates"
-        )
-        order: Literal["parameters", "flops"] = kdcore.Field(
-            "parameters", description='what a size is: "parameters" or "flops"'
-        )
-        allow_equal: bool = kdcore.Field(False, description="true if neighbours in a chain may be of one size")
-        seeds: int = kdcore.Field(1, ge=1, description="the number of seeds that every chain is trained under, from 1")
-        baseline: bool = kdcore.Field(False, description="true to train every chain without controllers, too")
-        prune: float | None = kdcore.Field(
-            None, ge=0, description="standard errors by which an assistant may be below the best student, e.g. 3.0"
-        )
-        budget: Budget = kdcore.Field(Budget(), description="a table, e.g. { stages = 20, tflops = 50.0 }")
-
-    def plan(self, run: kdcore.RunView, options: Options) -> kdcore.Plan:
+    def plan(self, run: kdcore.RunView, options: SearchOptions) -> kdcore.Plan:
         if options.baseline and not run.controllers:
-            what = "there is no controller to leave out"
-            raise kdcore.RecipeError(what, where="strategy.baseline", fix="Add a [[controller]], or write false.")
+            fix = "Add a [[controller]], or leave it out."
+            raise kdcore.RecipeError("there is no controller to leave out", where="strategy.baseline", fix=fix)
         study = Study(Chains.of(run, options), options)
         yield from study.train([DIRECT])
         yield decide.started(study)
         front, best = [DIRECT], DIRECT
         choose = exhaustive if options.mode == "exhaustive" else beam
-        for _ in range(options.assistants or len(options.candidates)):
+        for _ in range(options.longest):
             chains = [longer for chain in front for longer in study.chains.longer(chain)]
+            if not chains:
+                break
             trained = yield from study.train(chains)
             front, best = yield from choose(study, chains, trained, best)
             yield from decide.left_out(study, chains, best)
@@ -78,13 +56,15 @@ Choosing = Generator[kdcore.Choice, None, tuple[list[Chain], Chain]]
 
 def beam(study: Study, chains: list[Chain], trained: list[Chain], best: Chain) -> Choosing:
     """Keeps the best chains that are not worse than without their new assistant; greedy is a beam of width 1."""
-    width = study.options.width if study.options.mode == "beam" else 1
 
     def rank(chain: Chain) -> tuple[float, int, int]:
         return -study.worth(chain), -len(chain), study.chains.size(chain)  # a tie keeps the assistant, then the smaller
 
+    def helps(chain: Chain) -> bool:
+        return -math.inf < study.worth(chain) >= study.worth(chain[1:])
+
     ranked = sorted(trained, key=rank)
-    kept = [c for c in ranked if study.worth(c) > float("-inf") and study.worth(c) >= study.worth(c[1:])][:width]
+    kept = list(filter(helps, ranked))[: study.options.kept]
     best = min([best, *kept], key=rank)
     for chain in kept:
         yield decide.between(study, chain, chain[1:], "instead of", best)

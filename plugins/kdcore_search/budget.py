@@ -7,13 +7,7 @@ from dataclasses import dataclass
 
 import kdcore
 
-
-class Budget(kdcore.Options):
-    """Limits over every distinct stage, the teacher's and the controls' too, whether it was trained now or reused."""
-
-    stages: int | None = kdcore.Field(None, ge=1, description="the most stages, from 1")
-    seconds: float | None = kdcore.Field(None, gt=0, description="the most seconds, summed over stages")
-    tflops: float | None = kdcore.Field(None, gt=0, description="the most TFLOPs (10^12 of them), summed over stages")
+from .options import Budget
 
 
 @dataclass
@@ -33,7 +27,7 @@ class Ledger:
     budget: Budget
     estimate: Callable[[kdcore.Stage], int]
     stages: int
-    flops: float
+    flops: int
     seconds: float
     rate: float
 
@@ -43,15 +37,14 @@ class Ledger:
         flops, seconds = sum(result.flops for result in done), sum(result.seconds for result in done)
         return cls(budget, estimate, len(done), flops, seconds, seconds / flops if flops else 0.0)
 
-    def take(self, stages: Collection[kdcore.Stage]) -> str:
-        """Plans the stages if they fit; else says which limit they break."""
-        told = self.budget.seconds is not None or self.budget.tflops is not None
-        flops = sum(map(self.estimate, stages)) if told else 0
-        count, total, seconds = self.stages + len(stages), self.flops + flops, self.seconds + flops * self.rate
-        limits = {"stages": count, "tflops": total / 1e12, "seconds": seconds}
-        for name, value in limits.items():
-            limit = getattr(self.budget, name)
-            if limit is not None and value > limit:
-                return name
-        self.stages, self.flops, self.seconds = count, total, seconds
-        return ""
+    def take(self, stages: Collection[kdcore.Stage]) -> dict[str, float]:
+        """Plans the stages if they fit; else returns the limits that they break, with what would have been spent."""
+        estimated = self.budget.seconds is not None or self.budget.tflops is not None
+        more = sum(map(self.estimate, stages)) if estimated else 0
+        count, flops, seconds = self.stages + len(stages), self.flops + more, self.seconds + more * self.rate
+        totals = {"stages": count, "tflops": flops / 1e12, "seconds": seconds}
+        limits = {name: getattr(self.budget, name) for name in totals}
+        broken = {name: total for name, total in totals.items() if limits[name] is not None and total > limits[name]}
+        if not broken:
+            self.stages, self.flops, self.seconds = count, flops, seconds
+        return broken

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import kdcore
 
 from .candidates import labels, measured, named
+from .options import SearchOptions
 
 Chain: TypeAlias = tuple[int, ...]
 """The assistants from the teacher's side to the student's, as numbers of candidates from 1, the smallest."""
@@ -40,7 +41,7 @@ class Chains:
     _stages: dict[tuple[Chain, int, bool], kdcore.Stage] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, run: kdcore.RunView, options: Any) -> Chains:
+    def of(cls, run: kdcore.RunView, options: SearchOptions) -> Chains:
         """Names every candidate, then measures them.
 
         Raises:
@@ -66,31 +67,35 @@ class Chains:
 
     def name(self, chain: Chain) -> str:
         """E.g. ``10-8-2`` or ``cnn-3 > mlp-4 > mlp-2``, from the teacher to the student."""
-        return self.between.join([self.labels[0], *(self.labels[i + 1] for i in (*chain, STUDENT))])
+        return self._joined((*chain, STUDENT))
+
+    def _joined(self, path: Chain) -> str:
+        return self.between.join([self.labels[0], *(self.labels[i + 1] for i in path)])
 
     def stage(self, path: Chain, seed: int, controlled: bool = True) -> kdcore.Stage:
         """Trains the last model of ``path`` below the ones before it; of an empty path, the teacher."""
-        key = (path, seed, controlled or not path)  # a teacher learns without controllers
+        key = (path, seed, controlled or not path)  # teachers have no controllers
         if key not in self._stages:
-            view = dataclasses.replace(self.run, seed=seed)
-            if not controlled:
-                view = dataclasses.replace(view, controllers=())
-            self._stages[key] = self._made(path, view, seed, controlled)
+            self._stages[key] = self._made(*key)
         return self._stages[key]
 
-    def _made(self, path: Chain, view: kdcore.RunView, seed: int, controlled: bool) -> kdcore.Stage:
+    def _made(self, path: Chain, seed: int, controlled: bool) -> kdcore.Stage:
+        view = dataclasses.replace(self.run, seed=seed, controllers=self.run.controllers if controlled else ())
         if not path:
             return view.label_only("teacher", view.teacher)
         above = self.stage(path[:-1], seed, controlled)
-        return view.distilled(self.models[path[-1]], above["student" if path[:-1] else "teacher"])
+        stage = view.distilled(self.models[path[-1]], above["student" if path[:-1] else "teacher"])
+        about = [f"seed {seed}"] if seed != self.run.seed else []
+        about += [] if controlled else ["without controllers"]
+        return dataclasses.replace(stage, name=" ".join([self._joined(path), *(f"({text})" for text in about)]))
 
 
-def with_inputs(stages: list[kdcore.Stage]) -> dict[str, kdcore.Stage]:
-    """The stages and all that they need, by identity, inputs first."""
+def with_inputs(stages: Iterable[kdcore.Stage], known: Container[str]) -> dict[str, kdcore.Stage]:
+    """The stages and all that they need, inputs first, by identity; what is ``known`` is left out."""
     found: dict[str, kdcore.Stage] = {}
 
     def visit(stage: kdcore.Stage) -> None:
-        if stage.identity not in found:
+        if stage.identity not in found and stage.identity not in known:
             for ref in stage.inputs():
                 if isinstance(ref.stage, kdcore.Stage):
                     visit(ref.stage)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import kdcore
 
 from .budget import Ledger
 from .chains import DIRECT, STUDENT, Chain, Chains, with_inputs
+from .options import SearchOptions
 
 DIGITS = 12
 """Decimals of a mean that count: equal numbers of right images are equal, in whatever order seeds are summed."""
@@ -26,11 +26,11 @@ class Study:
         results: of all stages so far, by identity.
         trained: chains whose students are trained, in the order in which they were asked for.
         unpaid: chains that did not fit the budget.
-        pruned: chains below an assistant that is too weak.
+        pruned: chains that begin with an assistant that is too weak.
     """
 
     chains: Chains
-    options: Any
+    options: SearchOptions
     results: dict[str, kdcore.Result] = field(default_factory=dict)
     trained: list[Chain] = field(default_factory=list)
     unpaid: list[Chain] = field(default_factory=list)
@@ -47,9 +47,10 @@ class Study:
         """The chain's student under each seed."""
         return self._learners((*chain, STUDENT), controlled)
 
-    def accuracy(self, chain: Chain, controlled: bool = True) -> float:
+    def accuracy(self, chain: Chain) -> float:
         """Of the chain's student on the monitor split, the mean over seeds."""
-        return _mean(self.students(chain, controlled))
+        members = self.students(chain)
+        return round(math.fsum(member.accuracy for member in members) / len(members), DIGITS)
 
     def worth(self, chain: Chain) -> float:
         """The accuracy; one that is not a number is less than all others."""
@@ -63,11 +64,9 @@ class Study:
     # ------------------------------------------------------------ training
 
     def train(self, chains: Iterable[Chain]) -> Generator[list[kdcore.Stage], list[kdcore.Result], list[Chain]]:
-        """Trains those of the chains that fit the budget and are not pruned, and returns them."""
+        """Trains those of the chains that are not pruned and fit the budget, and returns them."""
         going = self._fitting(self._promising(chains))
-        if (
-            self.options.prune is not None
-        ):  # assistants first, level by level, so that no student is wasted on a weak one
+        if self.options.prune is not None:  # assistants first, so that no student is spent on a weak one
             for depth in range(1, 1 + max(map(len, going), default=0)):
                 yield from self._ask([self.chains.stage(c[:depth], seed) for c in going for seed in self.seeds])
                 going = self._promising(going)
@@ -75,8 +74,8 @@ class Study:
         self.trained += going
         return going
 
-    def _ask(self, stages: list[kdcore.Stage]) -> Generator[list[kdcore.Stage], list[kdcore.Result], None]:
-        new = self._new(stages)
+    def _ask(self, stages: Iterable[kdcore.Stage]) -> Generator[list[kdcore.Stage], list[kdcore.Result], None]:
+        new = with_inputs(stages, self.results)
         if new:
             results = yield list(new.values())
             self.results |= dict(zip(new, results, strict=True))
@@ -86,44 +85,38 @@ class Study:
         variants = (True, False) if self.options.baseline else (True,)
         return [self.chains.stage((*chain, STUDENT), seed, variant) for seed in self.seeds for variant in variants]
 
-    def _new(self, stages: list[kdcore.Stage]) -> dict[str, kdcore.Stage]:
-        return {key: stage for key, stage in with_inputs(stages).items() if key not in self.results}
-
     def _fitting(self, chains: Iterable[Chain]) -> list[Chain]:
-        """Those that the budget pays, in their order; of the others the next may still fit."""
+        """Those that the budget pays, in their order; where one does not fit, a later one still may."""
         ledger = Ledger.after(self.results.values(), self.options.budget, self.chains.run.estimate)
-        planned: set[str] = set()
-        found = []
+        known, found = set(self.results), []
         for chain in chains:
-            new = {key: stage for key, stage in self._new(self._stages(chain)).items() if key not in planned}
-            if limit := ledger.take(new.values()):
-                self._refuse(chain, limit, len(new))
+            new = with_inputs(self._stages(chain), known)
+            if broken := ledger.take(new.values()):
+                self._refuse(chain, broken)
             else:
-                planned |= new.keys()
+                known |= new.keys()
                 found.append(chain)
         return found
 
-    def _refuse(self, chain: Chain, limit: str, stages: int) -> None:
+    def _refuse(self, chain: Chain, broken: Mapping[str, float]) -> None:
         if chain == DIRECT:
-            what = f"does not pay the direct student, which takes {stages} stages"
-            raise kdcore.RecipeError(what, where=f"strategy.budget.{limit}", fix="Write more, or leave it out.")
+            name, needed = next(iter(broken.items()))
+            what = f"{getattr(self.options.budget, name)} is less than the direct student takes, {needed:.6g}"
+            raise kdcore.RecipeError(what, where=f"strategy.budget.{name}", fix="Write more, or leave it out.")
         self.unpaid.append(chain)
 
     def _promising(self, chains: Iterable[Chain]) -> list[Chain]:
         """Those without an assistant that is known to be too weak."""
-        chains = list(chains)
-        weak = [chain for chain in chains if any(self._weak(chain[: i + 1]) for i in range(len(chain)))]
-        self.pruned += weak
-        return [chain for chain in chains if chain not in weak]
+        found: list[Chain] = []
+        for chain in chains:
+            weak = any(self._weak(chain[: i + 1]) for i in range(len(chain)))
+            (self.pruned if weak else found).append(chain)
+        return found
 
     def _weak(self, path: Chain) -> bool:
-        """The last assistant of ``path`` is trained, and is too far below the best student so far."""
+        """The last assistant of ``path`` is trained, and too far below the best student so far."""
         if self.options.prune is None or self.chains.stage(path, self.seeds[0]).identity not in self.results:
             return False
         best = max(self.trained, key=self.worth)
         found = kdcore.paired_difference(self._learners(path), self.students(best))
         return found.error is not None and found.mean < -self.options.prune * found.error
-
-
-def _mean(members: list[kdcore.MemberResult]) -> float:
-    return round(math.fsum(member.accuracy for member in members) / len(members), DIGITS)
