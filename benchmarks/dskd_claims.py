@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -21,9 +21,11 @@ from dskd_figures import (
     one_assistant,
     paired,
     published_gain,
+    shown,
     stops,
     unit,
 )
+from dskd_sections import interval
 
 Table = Mapping[str, Any]
 
@@ -57,66 +59,85 @@ class Claim:
 
 def claims(content: Table) -> list[Claim]:
     """All claims, judged by the figures of the parts that are there."""
+    return [*_own(content), *_elsewhere(content["data"])]
+
+
+def _own(content: Table) -> Iterator[Claim]:
+    """The claims on the data set of the table."""
     data = content["data"]
-    return [
-        _claim(content, 1, "The assistant nearest the student is the best one.", _best_single(data),
-               "Under DSKD, every other chain with one assistant is worse: all 95 % intervals of the paired "
-               "differences lie above 0.", _nearest),
-        _claim(content, 2, f"KD stops at about {NEAR:.0%} of the epochs for near sizes and at {FAR:.0%} for far ones.",
-               "says nothing of stops", f"The mean over neighbouring sizes is within {ABOUT:.0%} of {NEAR:.0%}, that "
-               f"of the direct student within {ABOUT:.0%} of {FAR:.0%}.", _when_it_stops),
-        _claim(content, 3, _claimed_gain(data), f"{published_gain(data):+.2f} points" if data in PUBLISHED else "",
-               "The 95 % interval of the mean gain over the table's chains includes the claimed gain or lies above it.",
-               _gains_as_claimed),
-        _claim(content, 3, "DSKD is better than KD on average.",
-               f"{published_gain(data):+.2f} points" if data in PUBLISHED else "",
-               "That interval lies above 0.", _gains_at_all),
-        Claim(4, "The collapsed chains recover without the cap on the epochs.", _collapsed(data),
-              f"Collapsed: DSKD is {COLLAPSE:g} points or more below KD. Held if such a chain, trained for longer, is "
-              f"within {RECOVERED:g} point of KD. Where nothing collapses there is nothing to test.",
-              tuple(_recovery(content))),
-        _claim(content, 5, "The chain that the table lacks would not be the best.", "lacks it",
-               "Under DSKD it is not above the best other chain: the 95 % interval of the paired difference does not "
-               "lie above 0.", _missing_chain),
-        *_elsewhere(data),
-    ]  # fmt: skip
+    gained = f"{published_gain(data):+.2f} points" if data in PUBLISHED else ""
+    yield Claim(
+        1,
+        "The assistant nearest the student is the best one.",
+        _best_single(data),
+        "under DSKD it is above every other chain with one assistant, by the 95 % intervals of all paired differences",
+        _judged(content, _nearest),
+    )
+    yield Claim(
+        2,
+        f"KD stops at about {NEAR:.0%} of the epochs for near sizes and at {FAR:.0%} for far ones.",
+        "says nothing of stops",
+        f"the mean over neighbouring sizes is {NEAR:.0%} and the direct student's {FAR:.0%}, both give or take {ABOUT:.0%}",
+        _judged(content, _when_it_stops),
+    )
+    if data in CLAIMED_GAIN:
+        yield Claim(
+            3,
+            f"DSKD gains {CLAIMED_GAIN[data]:g} points on average.",
+            gained,
+            "the 95 % interval of the mean gain over the chains of the paper's table reaches the claimed gain",
+            _judged(content, _gains_as_claimed),
+        )
+    yield Claim(3, "DSKD is better than KD on average.", gained, "that interval lies above 0", _judged(content, _gains))
+    yield Claim(
+        4,
+        "The collapsed chains recover without the cap on the epochs.",
+        _collapsed(data),
+        f"a chain whose DSKD was {COLLAPSE:g} points or more below KD is within {RECOVERED:g} point of it after longer "
+        "training; where nothing collapses there is nothing to test",
+        tuple(_recovery(content)),
+    )
+    yield Claim(
+        5,
+        "The chain that the table lacks would not be the best.",
+        "lacks it",
+        "under DSKD the 95 % interval of what it is above the best other chain does not lie above 0",
+        _judged(content, _missing_chain),
+    )
 
 
-def _claim(
-    content: Table, number: int, text: str, table: str, rule: str, judge: Callable[[str, Table], Finding]
-) -> Claim:
+def _judged(content: Table, judge: Callable[[Table], Finding]) -> tuple[tuple[str, str, str], ...]:
+    """A finding for every setting that ran."""
     found = [(name, unit(content, part)) for part, name in SETTINGS]
-    findings = tuple((name, *judge(content["data"], run)) for name, run in found if run is not None)
-    return Claim(number, text, table, rule, findings or (("", "not run", NOT_TESTABLE),))
+    findings = tuple((name, *judge(run)) for name, run in found if run is not None)
+    return findings or (("", "not run", NOT_TESTABLE),)
 
 
-def _verdict(held: bool) -> str:
-    return HELD if held else NOT_HELD
+def _verdict(found: Iterable[Spread | None], holds: Callable[[float, float], bool]) -> str:
+    """By the bounds of every interval; where one is missing (no figure, or one seed) nothing can be said."""
+    bounds = [(None, None) if spread is None else (spread.low, spread.high) for spread in found]
+    known = [(low, high) for low, high in bounds if low is not None and high is not None]
+    if len(known) < len(bounds):
+        return NOT_TESTABLE
+    return HELD if all(holds(low, high) for low, high in known) else NOT_HELD
 
 
-def _shown(found: Spread | None, unit_name: str = " points") -> str:
-    if found is None:
-        return "not measured"
-    inside = "" if found.low is None else f" [{found.low:+.2f}, {found.high:+.2f}]"
-    return f"{found.mean:+.2f}{inside}{unit_name}"
-
-
-def _above(found: Spread | None, bound: float) -> bool:
-    return found is not None and found.low is not None and found.low > bound
+def _shown(found: Spread | None) -> str:
+    return f"{interval(found)} points" if found is not None else "not measured"
 
 
 # ---------------------------------------------------------------- one judge a claim
 
 
-def _nearest(data: str, run: Table) -> Finding:
+def _nearest(run: Table) -> Finding:
     *others, nearest = one_assistant(run)
     ours = by_seed(run, nearest, DSKD)
     found = {other: paired(ours, by_seed(run, other, DSKD)) for other in others}
     text = "; ".join(f"{nearest} less {other} {_shown(difference)}" for other, difference in found.items())
-    return text, _verdict(all(_above(difference, 0) for difference in found.values()))
+    return text, _verdict(found.values(), lambda low, high: low > 0)
 
 
-def _when_it_stops(data: str, run: Table) -> Finding:
+def _when_it_stops(run: Table) -> Finding:
     direct, sizes = columns(run)[0], run["protocol"]["models"]
     neighbours = set(pairwise(sizes))
     near = [stop.share for stop in stops(run) if _last_step(stop.chain, sizes) in neighbours]
@@ -126,7 +147,7 @@ def _when_it_stops(data: str, run: Table) -> Finding:
     shares = statistics.fmean(near), statistics.fmean(far)
     held = abs(shares[0] - NEAR) <= ABOUT and abs(shares[1] - FAR) <= ABOUT
     text = f"near {shares[0]:.0%} (mean of {len(near)} stages), far {shares[1]:.0%}"
-    return text, _verdict(held)
+    return text, HELD if held else NOT_HELD
 
 
 def _last_step(chain: str, models: list[str]) -> tuple[str, str]:
@@ -136,31 +157,24 @@ def _last_step(chain: str, models: list[str]) -> tuple[str, str]:
     return parts[-2], parts[-1]
 
 
-def _gains_as_claimed(data: str, run: Table) -> Finding:
-    if data not in CLAIMED_GAIN:
-        return "the paper claims no gain for these data", NOT_TESTABLE
-    found = mean_gain(run, _published_columns(run))
-    held = found is not None and found.high is not None and found.high >= CLAIMED_GAIN[data]
-    return _shown(found), _verdict(held)
+def _gains_as_claimed(run: Table) -> Finding:
+    found = mean_gain(run, columns(run)[:-1])
+    return _shown(found), _verdict([found], lambda low, high: high >= CLAIMED_GAIN[run["protocol"]["data"]["name"]])
 
 
-def _gains_at_all(data: str, run: Table) -> Finding:
-    found = mean_gain(run, _published_columns(run))
-    return _shown(found), _verdict(_above(found, 0))
+def _gains(run: Table) -> Finding:
+    found = mean_gain(run, columns(run)[:-1])
+    return _shown(found), _verdict([found], lambda low, high: low > 0)
 
 
-def _missing_chain(data: str, run: Table) -> Finding:
+def _missing_chain(run: Table) -> Finding:
     *others, missing = columns(run)
     best = max(others, key=lambda chain: statistics.fmean(by_seed(run, chain, DSKD).values() or [0.0]))
     ours, found = accuracy(run, missing, DSKD), paired(by_seed(run, missing, DSKD), by_seed(run, best, DSKD))
-    if ours is None or found is None:
+    if ours is None:
         return "not measured", NOT_TESTABLE
-    held = found.low is None or found.low <= 0
-    return f"{missing} {ours.mean:.2f} %, less {best} {_shown(found)}", _verdict(held)
-
-
-def _published_columns(run: Table) -> list[str]:
-    return columns(run)[:-1]
+    text = f"{missing} {ours.mean:.2f}; less {best} {_shown(found)}"
+    return text, _verdict([found], lambda low, high: low <= 0)
 
 
 def _recovery(content: Table) -> Iterator[tuple[str, str, str]]:
@@ -177,7 +191,8 @@ def _recovery(content: Table) -> Iterator[tuple[str, str, str]]:
         epochs = [run["protocol"]["train"]["epochs"] for run in (main, long)]
         text = f"DSKD less KD {_shown(short)} after {epochs[0]} epochs, {_shown(longer)} after {epochs[1]}"
         collapsed = short.mean <= -COLLAPSE
-        yield chain, text, _verdict(longer.mean >= -RECOVERED) if collapsed else NOT_TESTABLE
+        recovered = HELD if longer.mean >= -RECOVERED else NOT_HELD
+        yield chain, text, recovered if collapsed else NOT_TESTABLE
 
 
 # ---------------------------------------------------------------- what the paper's table says
@@ -187,13 +202,8 @@ def _best_single(data: str) -> str:
     if data not in PUBLISHED:
         return ""
     singles = PUBLISHED[data][DSKD][1:4]
-    best = ("farthest from", "between the other two from", "nearest")[singles.index(max(singles))]
-    return f"best is the one {best} the student ({' / '.join(f'{value:.2f}' for value in singles)})"
-
-
-def _claimed_gain(data: str) -> str:
-    gain = CLAIMED_GAIN.get(data)
-    return f"DSKD gains {gain:g} points on average." if gain else "DSKD gains on average."
+    best = ("the one farthest from the student", "the middle one", "the one nearest the student")
+    return f"best is {best[singles.index(max(singles))]} ({' / '.join(f'{value:.2f}' for value in singles)})"
 
 
 def _collapsed(data: str) -> str:
@@ -209,10 +219,10 @@ def _elsewhere(data: str) -> Iterator[Claim]:
     absent = (("", "not run on these data", NOT_TESTABLE),)
     for other in PUBLISHED:
         if other != data:
-            name = other.upper().replace("CIFAR10", "CIFAR-10")
+            name = shown(other)
             yield Claim(
                 1, f"{name}: the assistant nearest the student is the best one.", _best_single(other), "", absent
             )
             if other in CLAIMED_GAIN:
-                text = f"{name}: {_claimed_gain(other)}"
+                text = f"{name}: DSKD gains {CLAIMED_GAIN[other]:g} points on average."
                 yield Claim(3, text, f"{published_gain(other):+.2f} points", "", absent)

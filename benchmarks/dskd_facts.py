@@ -24,7 +24,6 @@ MEASURES = {
     "best_monitor": "best_monitor_accuracy",
 }
 PLACES = {"root", "download"}  # where data lies says nothing of a result
-WARNINGS = 12
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -46,11 +45,11 @@ def facts(folder: Path) -> dict[str, Any]:
         "protocol": protocol(result),
         "versions": result["versions"],
         "environment": next(iter(stages.values()))["environment"],
-        "warnings": _warnings(result),
+        "warnings": list(dict.fromkeys(result["warnings"])),
         "choices": result["choices"],
         "chosen": best and best.label,
         "evidence": result["evidence"],
-        "starts": _starts(folder),
+        "trained": _trained(folder, stages),
         "costs": dataclasses.asdict(costs(result)),
         "labels": list(_labels(stages)),
         "chains": [_distilled(stages, chain) for chain in found],
@@ -93,15 +92,11 @@ def _name(model: Table) -> str:
     return f"{model['model']}-{model['size']}"
 
 
-def _warnings(result: Table) -> list[str]:
-    """Each once, as seeds and chains repeat them."""
-    return list(dict.fromkeys(result["warnings"]))[:WARNINGS]
-
-
-def _starts(folder: Path) -> dict[str, int]:
-    """How often this run began to train a stage, and how many stages these were."""
-    keys = [record["key"] for record in Journal(folder / "journal.jsonl").of("start")]
-    return {"starts": len(keys), "stages": len(set(keys))}
+def _trained(folder: Path, stages: Mapping[str, Table]) -> dict[str, float]:
+    """The stages that this run trained by itself, by its journal, how often it began one, and their seconds."""
+    starts = [record["key"] for record in Journal(folder / "journal.jsonl").of("start")]
+    own = [stages[key]["seconds"] for key in dict.fromkeys(starts) if key in stages]
+    return {"starts": len(starts), "stages": len(own), "seconds": round(sum(own), 3)}
 
 
 def _labels(stages: Mapping[str, Table]) -> Iterator[dict[str, Any]]:
@@ -128,7 +123,7 @@ def _distilled(stages: Mapping[str, Table], chain: Chain) -> dict[str, Any]:
 def _figures(stage: Table, role: str) -> dict[str, Any]:
     member = stage["members"][role]
     measured = {name: member[key] for name, key in MEASURES.items()}
-    work = {"seconds": stage["seconds"], "flops": stage["flops"], "params": member["params"]}
+    work = {"seconds": round(stage["seconds"], 3), "flops": sum(stage["flops"].values()), "params": member["params"]}
     return {"seed": stage["seed"], "key": stage["key"][:12], **measured, **work}
 
 

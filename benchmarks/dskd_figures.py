@@ -34,6 +34,11 @@ PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
 """Test accuracies in percent, in the order of :func:`columns`, whose last the paper does not have."""
 
 
+def shown(data: str) -> str:
+    """A data set's name for people."""
+    return data.upper().replace("CIFAR10", "CIFAR-10")
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean and sample standard deviation of n values, and the mean's 95 % interval by Student's t; None below two."""
@@ -92,9 +97,15 @@ def accuracy(run: Table, chain: str, variant: str, measure: str = "test") -> Spr
     return spread(by_seed(run, chain, variant, measure).values())
 
 
+def labels_by_seed(run: Table, model: str, role: str) -> dict[int, float]:
+    """Seed -> test accuracy in percent of a model that learned from labels alone, as a teacher or as a control."""
+    rows = [row for row in run["labels"] if (row["model"], row["role"]) == (model, role)]
+    return {row["seed"]: 100 * row["test"] for row in rows}
+
+
 def on_labels(run: Table, model: str, role: str) -> Spread | None:
-    """Test accuracy in percent of a model that learned from labels alone."""
-    return spread(100 * row["test"] for row in run["labels"] if (row["model"], row["role"]) == (model, role))
+    """The same over seeds."""
+    return spread(labels_by_seed(run, model, role).values())
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Spread | None:
@@ -143,7 +154,3 @@ def stops(run: Table) -> list[Stops]:
             found.setdefault(row["chain"], {})[row["seed"]] = row["stop"]
             epochs = row["epochs"]
     return [Stops(chain, epochs, found[chain]) for chain in found]
-
-
-def flops(rows: Iterable[Table]) -> int:
-    return sum(sum(row["flops"].values()) for row in rows)

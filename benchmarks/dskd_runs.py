@@ -99,7 +99,7 @@ def _main(bench: Bench) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _alpha(bench: Bench) -> list[tuple[str, tuple[str, ...]]]:
-    return [("alpha 0.9", ("objective.0.weight=0.9", "objective.1.weight=0.1"))]
+    return [("alpha", ("objective.0.weight=0.9", "objective.1.weight=0.1"))]
 
 
 def _k(bench: Bench) -> list[tuple[str, tuple[str, ...]]]:
@@ -107,7 +107,7 @@ def _k(bench: Bench) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _strong(bench: Bench) -> list[tuple[str, tuple[str, ...]]]:
-    return [("strong teacher", bench.strong)] if bench.strong else []
+    return [("strong", bench.strong)] if bench.strong else []
 
 
 def _long(bench: Bench) -> list[tuple[str, tuple[str, ...]]]:

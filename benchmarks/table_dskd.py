@@ -126,7 +126,7 @@ def _book(bench: Bench) -> dict[str, Any]:
 def write(bench: Bench, book: Mapping[str, Any], out: Path) -> None:
     """The table's JSON and page."""
     content = contents(bench, book)
-    for path, text in ((_json(bench, out), pretty(content)), (_page(bench, out), page(content))):
+    for path, text in ((_json(bench, out), pretty(content) + "\n"), (_page(bench, out), page(content))):
         replace_file(path, text.encode())
         print(path)
 
