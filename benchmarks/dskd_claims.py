@@ -77,7 +77,8 @@ def _own(content: Table) -> Iterator[Claim]:
         2,
         f"KD stops at about {NEAR:.0%} of the epochs for near sizes and at {FAR:.0%} for far ones.",
         "says nothing of stops",
-        f"the mean over neighbouring sizes is {NEAR:.0%} and the direct student's {FAR:.0%}, both give or take {ABOUT:.0%}",
+        f"the mean share over neighbouring sizes is {NEAR:.0%}, the direct student's {FAR:.0%}, give or take "
+        f"{100 * ABOUT:.0f} points",
         _judged(content, _when_it_stops),
     )
     if data in CLAIMED_GAIN:

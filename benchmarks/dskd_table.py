@@ -243,7 +243,8 @@ def _teacher(run: Table) -> Iterator[str]:
         f"labels alone {plus_minus(spread(ours.values()))}, a difference of {interval(difference)} points."
     )
     if warned := [text for text in run["warnings"] if WEAK in text]:
-        yield f"Preflight warns {len(warned)} times that a teacher is not above its student's control, first: {warned[0]}."
+        times = len(warned)
+        yield f"Preflight warns {times} times that a teacher is not above its student's control, first: {warned[0]}."
 
 
 def _stop_text(run: Table) -> Iterator[str]:
