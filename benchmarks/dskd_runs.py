@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import kdcore
+from kdcore.cli.console import RunConsole
 from kdcore.cli.drive import check, folder_of, open_run, planned
 from kdcore.keys import in_order
 from kdcore.overrides import read
@@ -201,13 +202,12 @@ class Forecast:
 
 def forecast(bench: Bench, wanted: Sequence[Unit]) -> list[Forecast]:
     """Plans every unit under the assumption that all results are equal and nothing stops."""
-    host, seen = load_plugins(), dict[str, float]()
-    rates = _rates(Store(bench.runs / "store"))
-    found = []
+    host, rates, found = load_plugins(), _rates(Store(bench.runs / "store")), []
+    known = set(rates.keys)
     for unit in wanted:
         stages = _stages(unit, bench, host)
-        missing = {key: stage for key, stage in stages.items() if key not in rates.keys and key not in seen}
-        seen |= dict.fromkeys(missing, 0.0)
+        missing = {key: stage for key, stage in stages.items() if key not in known}
+        known |= missing.keys()
         seconds = [rates.of(stage) * stage.length for stage in missing.values()] if rates.by_name else None
         found.append(Forecast(unit, len(stages), len(missing), None if seconds is None else sum(seconds) / bench.jobs))
     return found
@@ -215,16 +215,10 @@ def forecast(bench: Bench, wanted: Sequence[Unit]) -> list[Forecast]:
 
 def _stages(unit: Unit, bench: Bench, host: PluginHost) -> dict[str, Stage]:
     recipe = check(bench.recipe, unit.sets(bench), host)
-    run = open_run(recipe, host, bench.runs / "plan", _Silent(), lambda: 0, store=bench.runs / "store")
+    with RunConsole(quiet=True) as console:
+        run = open_run(recipe, host, bench.runs / "plan", console, lambda: 0, store=bench.runs / "store")
     asked = in_order(planned(start(run.strategy, run.view, host), run.strategy, run.view.estimate), run.keys)
     return {run.keys.of(stage): stage for stage in asked}
-
-
-class _Silent:
-    """A console that shows nothing."""
-
-    def handle(self, event: Any) -> None:
-        pass
 
 
 @dataclass(frozen=True)

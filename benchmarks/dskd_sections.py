@@ -144,9 +144,7 @@ def _goals(content: Table) -> Iterator[tuple[str, str, bool]]:
         yield "an exhaustive search trains a shared prefix once", f"{once} stages a seed, not {alone}", once < alone
         most = max(Counter((row["model"], row["seed"]) for row in main["labels"]).values(), default=0)
         yield "at most one run on labels for a model and a seed", f"{most}", most <= 1
-        minutes = main["wall_seconds"] / 60
-        text = f"{minutes:.1f} minutes, {main['jobs']} stages at once"
-        yield f"all chains, KD and DSKD, in {MOST_MINUTES} minutes", text, minutes <= MOST_MINUTES
+        yield from _in_time(main)
         clock = main["costs"]["clock"]
         text = "seconds of DSKD with shared controls under those of plain KD, same chains, same run"
         yield text, _ratio(clock), clock is not None and clock < 1
@@ -154,6 +152,15 @@ def _goals(content: Table) -> Iterator[tuple[str, str, bool]]:
         overhead = found["costs"]["overhead"]
         text = f"FLOPs of greedy search with DSKD at most {MOST_OVERHEAD} times those without controls and stops"
         yield text, _ratio(overhead), overhead is not None and overhead <= MOST_OVERHEAD
+
+
+def _in_time(run: Table) -> Iterator[tuple[str, str, bool]]:
+    """The goal is one of MNIST, at this many epochs and seeds."""
+    about = run["protocol"]
+    seeds, epochs, minutes = len(about["seeds"]), about["train"]["epochs"], run["wall_seconds"] / 60
+    if (about["data"]["name"], seeds, epochs) == ("mnist", 3, 30):
+        text = f"{minutes:.1f} minutes, {run['jobs']} stages at once"
+        yield f"all chains, KD and DSKD, 3 seeds, in {MOST_MINUTES} minutes", text, minutes <= MOST_MINUTES
 
 
 def _counts(run: Table) -> tuple[int, int]:

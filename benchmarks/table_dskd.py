@@ -184,6 +184,6 @@ def unlike(here: Any, there: Any, where: str) -> Iterator[str]:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except KdError as error:
+    except (KdError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
