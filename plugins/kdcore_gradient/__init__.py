@@ -27,7 +27,8 @@ class Gradient:
     """Counts the ticks in a row at which the cosine was below ``bound``.
 
     In a row, so that under a patience above 1 a conflict that passes, or one odd measurement, ends nothing. A tick
-    without a cosine (no two terms were live, or a term needs more than logits) counts neither way.
+    without a cosine (no two terms were live, or a term needs more than logits) counts neither way. Many students never
+    come to a conflict; the values ``cosine.TERM.TERM`` of their curves show which bound they would meet.
     """
 
     class Options(kdcore.Options):
