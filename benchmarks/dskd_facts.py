@@ -76,7 +76,7 @@ def protocol(result: Table) -> dict[str, Any]:
         "objective": recipe["objective"],
         "controller": recipe["controller"],
         "models": [_name(model) for model in models],
-        "widths": [model.get("width") for model in models],
+        "teacher": {key: value for key, value in recipe["teacher"].items() if value is not None},
         "baseline": strategy["baseline"],
         "mode": strategy["mode"],
         "threads": recipe["threads"],

@@ -32,7 +32,7 @@ Table = Mapping[str, Any]
 LONG_EPOCHS = 200
 PATIENCES = (1, 3, 5, 10)
 STRONG: dict[str, tuple[str, ...]] = {
-    "mnist": ('teacher={model = "cnn", size = 3, width = 0.25}', "train.teacher.lr=0.05", "strategy.order=flops"),
+    "mnist": ('teacher={model = "mlp", size = 3, width = 256}', "train.teacher.lr=0.05"),
 }
 
 

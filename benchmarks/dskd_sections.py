@@ -58,10 +58,14 @@ def _ratio(value: float | None) -> str:
 
 
 def chains(run: Table) -> str:
-    """Accuracies of a part with chains of its own, and its stops."""
+    """Accuracies of a part with chains of its own, its teacher, and its stops."""
     rows = [accuracies(run, variant, variant) for variant in variants(run)]
     rows += [gains(run, "DSKD - KD")] if len(rows) == 2 else []
-    return f"{table(['', *columns(run)], rows)}\n{labels(run)}\n{stop_epochs(run)}"
+    about = run["protocol"]
+    options = {**about["teacher"], **about["train"]["teacher"]}
+    teacher = ", ".join(f"{key} {value}" for key, value in options.items())
+    text = f"{about['train']['epochs']} epochs; the first teacher: {teacher}.\n\n"
+    return f"{text}{table(['', *columns(run)], rows)}\n{labels(run)}\n{stop_epochs(run)}"
 
 
 def labels(run: Table) -> str:

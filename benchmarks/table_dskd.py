@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="compare the committed table with --runs; exit 1 if unlike"
     )
     parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--strong", nargs="*", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--strong", nargs="+", default=[], metavar="KEY=VALUE", help="what brings the stronger teacher")
     return parser
 
 

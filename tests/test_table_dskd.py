@@ -71,8 +71,10 @@ def made(
         "environment": {"processor": "p", "machine": "m", "device": "cpu", "threads": 1},
         "protocol": {
             "data": {"name": "mnist", "batch_size": 128, "split_seed": 0}, "models": list(models), "baseline": True,
+            "teacher": {"model": "mlp", "size": 10, "width": 64},
             "images": {"train": 9, "monitor": 1, "test": 1}, "selection": "last", "seeds": list(seeds),
-            "train": {"epochs": epochs, "lr": 0.1, "optimizer": {"name": "sgd"}, "schedule": {"name": "cosine"}},
+            "train": {"epochs": epochs, "lr": 0.1, "teacher": {"lr": 0.05}, "optimizer": {"name": "sgd"},
+                      "schedule": {"name": "cosine"}},
             "objective": [{"loss": "cross_entropy", "weight": 0.1}], "controller": [{"name": "dskd", "patience": 3}],
         },
         "costs": {"stages_shared": 1, "stages_stopped": 1, "overhead": 1.2, "clock": 0.9,
@@ -152,6 +154,12 @@ def test_the_page_names_what_did_not_run() -> None:
     assert "Not run, or not finished: alpha, k, strong, long, greedy." in text
     assert "The teacher mlp-10 is weaker than its student" in text
     assert "Nothing has run yet" in page(content())
+
+
+def test_the_page_says_which_teacher_stands_beside() -> None:
+    text = page(content(main=made(), strong=made(models=("mlp-3", *MODELS[1:]))))
+    assert "30 epochs; the first teacher: model mlp, size 10, width 64, lr 0.05." in text
+    assert "| 3-2 | 3-8-2 |" in text
 
 
 def test_the_page_has_the_published_numbers_beside_ours() -> None:
