@@ -99,11 +99,12 @@ def of_student(result: Table) -> list[Chain]:
 
 
 def whole(result: Table) -> list[Chain]:
-    """The chains that stand for themselves: those of the student's model, and those that nobody learned from."""
+    """The chains that stand for themselves: of the learners that the strategy names, and of those that teach nobody."""
+    named = [result["student"], *(ref for refs in result["replicates"].values() for ref in refs)]
+    ends = {(ref["stage"], ref["member"]) for ref in named}
     found = chains(result["stages"])
     begun = {chain.links[:-1] for chain in found}
-    student = result["student"]["model"]
-    return [chain for chain in found if chain.end.model == student or chain.links not in begun]
+    return [chain for chain in found if chain.links not in begun or (chain.end.stage, chain.end.member) in ends]
 
 
 def chosen(result: Table, found: Iterable[Chain]) -> Chain | None:

@@ -46,8 +46,8 @@ class Costs:
         stages_shared: how many stages more the chains would train if each trained all its models, the first teacher
             included, and each distilled stage its own control.
         sharing: what these stages would cost.
-        overhead: FLOPs of the stages with controllers and of their controls, over those of the same stages without
-            either; None without controllers.
+        overhead: FLOPs of the distilled stages with controllers and of their controls, over those of the same stages
+            without controls and without stops; None without controllers.
         clock: seconds of the distilled stages with controllers and of their controls, over those of the same chains
             without, where the run has both; else None. First teachers, which both share, are in neither.
     """

@@ -46,13 +46,16 @@ class StageProgress:
 
 @dataclass(frozen=True)
 class Progress:
-    """A run that is not finished. Times are ISO 8601, UTC; ``seconds`` leaves out the time between two processes."""
+    """A run that is not finished. Times are ISO 8601, UTC; ``seconds`` leaves out the time between two processes;
+    ``choices`` (text, margin, error) are those of the latest process, which makes the earlier ones' again.
+    """
 
     run: str
     begun: str
     latest: str
     seconds: float
     warnings: tuple[str, ...]
+    choices: tuple[Mapping[str, Any], ...]
     stages: tuple[StageProgress, ...]
 
 
@@ -108,6 +111,7 @@ def look(folder: Path, results: dict[str, dict[str, Any]]) -> Progress:
         latest=lines[-1]["time"] if lines else "",
         seconds=sum(_seconds(session[0], session[-1]) for session in sessions),
         warnings=tuple(dict.fromkeys(_warning(line) for line in lines if line["kind"] == "warning")),
+        choices=tuple(line for session in sessions[-1:] for line in session if line["kind"] == "choice"),
         stages=tuple(stages),
     )
 

@@ -62,4 +62,4 @@ def result(stages: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
     end = stages[-1]
     role = "student" if "student" in end["members"] else next(iter(end["members"]))
     student = {"stage": end["key"], "member": role, "model": end["members"][role]["model"]}
-    return {"stages": list(stages), "student": student, "evidence": {}, **more}
+    return {"stages": list(stages), "student": student, "replicates": {}, "evidence": {}, **more}

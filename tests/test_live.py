@@ -62,6 +62,17 @@ def test_the_page_says_that_the_run_is_not_finished_and_how_far_it_is(root, cli)
     assert ("http-equiv", "refresh") in found.attributes
 
 
+def test_the_page_has_the_choices_of_the_process_that_goes_on(root, cli):
+    record = Record(root / "run", pytest.fail)
+    choice = {"kind": "choice", "text": "6-4-2 instead of 6-2", "margin": 0.01, "error": 0.02, "is_noise": True}
+    for _ in range(2):  # a resume makes them again
+        record.begin()
+        record.event(choice)
+    cli("report", root / "run")
+    assert page(root).row("6-4-2 instead of 6-2") == ["+1.00\u00a0±\u00a02.00", "within noise"]
+    assert len([row for row in page(root).rows if row[0] == choice["text"]]) == 1
+
+
 def test_a_stage_that_waits_is_shown_and_warnings_too(root, cli):
     record = Record(root / "run", pytest.fail)
     record.begin()

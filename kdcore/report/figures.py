@@ -9,8 +9,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import mean
 from typing import TYPE_CHECKING
 
+from .averages import Variant
 from .curves import Series, Stop
 
 if TYPE_CHECKING:
@@ -62,7 +64,35 @@ def lines(name: str, label: str, series: Sequence[Series], stops: Sequence[Stop]
         for s in series:
             axes.plot(*zip(*s.points, strict=True), color=s.color, linestyle=s.dash)
 
-    return _panel(name, label, draw, stops, unit, percent)
+    return panel(name, label, draw, stops, unit, percent)
+
+
+def averages(
+    name: str, label: str, found: Sequence[Variant], limits: tuple[float, float], last: float, unit: str
+) -> str:
+    """Mean curves with light bands from the lowest to the highest, on axes that several figures share.
+
+    Args:
+        name: begins the figure's ids.
+        label: what it shows, for those who do not see it.
+        found: the curves.
+        limits: of the shares that are shown.
+        last: the place where the axis ends.
+        unit: of places.
+    """
+
+    def draw(axes: Axes) -> None:
+        for one in found:
+            if one.stages > 1:
+                places, low, high = zip(*one.band, strict=True)
+                axes.fill_between(places, low, high, color=one.series.color, alpha=0.16, linewidth=0)
+            axes.plot(*zip(*one.series.points, strict=True), color=one.series.color, linestyle=one.series.dash)
+            for at in one.stops[1:] and one.stops:
+                axes.axvline(at, color=ALARM, linewidth=0.9, linestyle=":")
+        axes.set(xlim=(0, last), ylim=limits)
+
+    stops = [Stop(mean(one.stops), "") for one in found if one.stops]
+    return panel(name, label, draw, stops, unit, percent=True)
 
 
 def bands(
@@ -79,7 +109,7 @@ def bands(
         axes.set_ylim(0, 1)
         axes.margins(x=0)
 
-    return _panel(name, label, draw, stops, unit, percent=True)
+    return panel(name, label, draw, stops, unit, percent=True)
 
 
 def chain(name: str, label: str, nodes: Sequence[Node], down: bool) -> str:
@@ -87,8 +117,8 @@ def chain(name: str, label: str, nodes: Sequence[Node], down: bool) -> str:
     step = NODE[1] + GAP_DOWN if down else NODE[0] + GAP_ACROSS
     run = step * (len(nodes) - 1)
     width, height = (NODE[0] + 124, NODE[1] + run) if down else (NODE[0] + run, NODE[1])
-    with _style():
-        figure = _figure(width + 4, height + 4)
+    with styled():
+        figure = blank(width + 4, height + 4)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(-2, width + 2), ylim=(-2, height + 2))
         axes.set_axis_off()
@@ -97,7 +127,7 @@ def chain(name: str, label: str, nodes: Sequence[Node], down: bool) -> str:
             _draw_node(axes, node, x, y)
             if i:
                 _draw_arrow(axes, node.stopped, x, y, down)
-        return _svg(figure, name, label)
+        return to_svg(figure, name, label)
 
 
 def _draw_node(axes: Axes, node: Node, x: float, y: float) -> None:
@@ -127,12 +157,12 @@ def _draw_arrow(axes: Axes, stopped: str, x: float, y: float, down: bool) -> Non
         axes.text(middle, end[1] - 6, stopped, ha="center", va="top", fontsize=9.5, color=ALARM)
 
 
-def _panel(name: str, label: str, draw: Callable[[Axes], None], stops: Sequence[Stop], unit: str, percent: bool) -> str:
+def panel(name: str, label: str, draw: Callable[[Axes], None], stops: Sequence[Stop], unit: str, percent: bool) -> str:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     width, height = PANEL
-    with _style():
-        figure = _figure(width, height)
+    with styled():
+        figure = blank(width, height)
         axes = figure.add_axes((44 / width, 36 / height, 1 - 54 / width, 1 - 54 / height))
         draw(axes)
         for stop in stops:
@@ -143,11 +173,11 @@ def _panel(name: str, label: str, draw: Callable[[Axes], None], stops: Sequence[
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel(unit)
-        return _svg(figure, name, label)
+        return to_svg(figure, name, label)
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def styled() -> Iterator[None]:
     """Our settings over matplotlib's own defaults, whatever the user's are; both are back afterwards."""
     from matplotlib import style
 
@@ -156,7 +186,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / 72, height / 72))
@@ -164,7 +194,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
+def to_svg(figure: Figure, name: str, label: str) -> str:
     """The figure's <svg> alone: no prolog, sizes, fonts or page-wide style, and no id that another figure has."""
     from markupsafe import escape
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from statistics import mean, stdev
 from typing import Any
 
 from .curves import number
@@ -15,9 +17,28 @@ def percent(value: Any) -> str:
     return NONE if share is None else f"{100 * share:.2f}\u00a0%"
 
 
+def signed_points(value: Any) -> str:
+    """A difference of shares in percentage points."""
+    share = number(value)
+    return NONE if share is None else f"{100 * share:+.2f}"
+
+
+def spread(values: Sequence[Any], shown: Callable[[Any], str] = percent) -> str:
+    """The mean of a number under several seeds, and their standard deviation: 97.21 % ± 0.12."""
+    found = [value for value in map(number, values) if value is not None]
+    middle = shown(mean(found) if found else None)
+    return f"{middle}\u00a0±\u00a0{100 * stdev(found):.2f}" if len(found) > 1 else middle
+
+
 def count(value: Any) -> str:
     whole = number(value)
     return NONE if whole is None else f"{whole:,.0f}"
+
+
+def place(value: Any) -> str:
+    """An epoch or a step, which a mean over seeds may put between two."""
+    at = number(value)
+    return NONE if at is None else f"{at:,.1f}".removesuffix(".0")
 
 
 def scaled(value: Any) -> str:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from . import figures
+from . import figures, tables
 from .curves import OTHER_COLORS, ROLE_COLORS, Points, Series, number
 from .formats import NONE, count, percent, seconds
-from .page import Grid, Panel, decisions, grid, panels
+from .page import decisions, panels
+from .parts import Grid, Panel, grid
 
 if TYPE_CHECKING:
     from ..progress import Progress, StageProgress
@@ -38,6 +39,7 @@ def live_view(progress: Progress, refresh: int, drawn: dict[str, tuple[Panel, ..
         "warnings": list(progress.warnings),
         "stages": _stages(progress.stages),
         "figures": [(s.name, s.state, _panels(s, drawn)) for s in progress.stages if s.state != "waiting"],
+        "choices": tables.choices(progress.choices),
         "decisions": decisions([stage.result for stage in progress.stages]),
     }
 

@@ -11,42 +11,29 @@ from typing import Any
 from markupsafe import Markup
 
 from ..chains import Table
-from . import figures
+from . import figures, study, tables
 from .curves import Series, Stop, member_series, number, places, position, share_series, shown, stops, unit
 from .formats import NONE, count, milliseconds, percent, ratio, scaled, seconds
+from .parts import Grid, Panel, grid
 
 ROLES = ("student", "teacher", "control")
 ACROSS = 5  # models side by side whose names are readable on 1280 pixels
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table: heads as (text, "text" | "num" | "long"); the first cell of a row is its header."""
-
-    caption: str
-    heads: tuple[tuple[str, str], ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A figure with what a reader needs to understand it."""
-
-    title: str
-    svg: Markup
-    series: tuple[Series, ...] = ()
-    note: str = ""
+MOST_DRAWN = 40  # stages, whose figures take about 0.13 s and 40 kB each
+NOT_DRAWN = "In a run of so many stages only those of the chosen chain are drawn; curves.csv has every curve."
 
 
 @dataclass(frozen=True)
 class StageView:
-    """A stage as the page shows it; one that leads to the student is open from the start."""
+    """A stage as the page shows it; one that leads to the student is open from the start. ``without`` is said where
+    there are no figures.
+    """
 
     name: str
     about: str
     on_chain: bool
     members: Grid
     panels: tuple[Panel, ...]
+    without: str
 
 
 def view(result: Table) -> dict[str, Any]:
@@ -58,12 +45,27 @@ def view(result: Table) -> dict[str, Any]:
         "warnings": _warnings(result),
         "headline": _headline(result),
         "protocol": _protocol(result),
-        "chain": _chain(result),
+        "chain": study.tree_panels(result) if study.is_study(result) else _chain(result),
+        **_study(result),
         "stages": [_stage(result, stage, f"s{i}") for i, stage in enumerate(result["stages"], 1)],
         "decisions": decisions(result["stages"]),
-        "cost": _cost(result),
-        "versions": _versions(result),
+        "cost": tables.costs_by_role(result),
+        "stage_costs": tables.stages(result),
+        "versions": tables.versions(result),
         "recipe": json.dumps(result["recipe"], indent=2, ensure_ascii=False),
+    }
+
+
+def _study(result: Table) -> dict[str, Any]:
+    """What several chains, seeds and choices add to the page; empty where there is but one of each."""
+    several = study.is_study(result)
+    steps = study.steps(result) if several else []
+    return {
+        "choices": tables.choices(result["choices"]),
+        "replicates": tables.replicates(result),
+        "chain_curves": study.chain_panels(result) if several else [],
+        "step_curves": study.step_panels(steps),
+        "convergence": study.convergence(steps),
     }
 
 
@@ -192,9 +194,13 @@ def _stage(result: Table, stage: Table, name: str) -> StageView:
     facts = [f"step {stage['step']}", f"{count(stage['length'])} {unit(stage)}s", f"{count(stage['steps'])} steps"]
     for role, ref in [*stage["inputs"].items(), *stage["uses"].items()]:
         facts.append(f"{role} from “{names.get(ref['stage'], ref['stage'][:12])}”")
+    facts += [f"seed {stage['seed']}"] if len({s["seed"] for s in result["stages"]}) > 1 else []
     facts += ["reused" if stage["reused"] else "trained", f"key {stage['key'][:12]}"]
     on_chain = stage["key"] in {link["stage"] for link in result["chain"]}
-    return StageView(stage["name"], " · ".join(facts), on_chain, _members(result, stage), panels(result, stage, name))
+    few = len(result["stages"]) <= MOST_DRAWN
+    drawn = panels(result, stage, name) if on_chain or few else ()
+    why = "No curves: fewer than two points." if on_chain or few else NOT_DRAWN
+    return StageView(stage["name"], " · ".join(facts), on_chain, _members(result, stage), drawn, why)
 
 
 def _members(result: Table, stage: Table) -> Grid:
@@ -266,36 +272,3 @@ def _decision(event: Table) -> str:
     if event["kind"] == "pieces":
         return f"{target} in {value} pieces"
     return f"{target} = {json.dumps(value)}" if event["kind"] == "set" else f"{event['kind']} {target or ''}".strip()
-
-
-def _cost(result: Table) -> Grid:
-    rows = []
-    for s in result["stages"]:
-        flops = ", ".join(f"{role} {scaled(value)}" for role, value in s["flops"].items()) or NONE
-        rate, origin = count(s["images_per_second"]), "reused" if s["reused"] else "trained"
-        rows.append((s["name"], seconds(s["seconds"]), count(s["steps"]), rate, flops, origin))
-    new = [number(s["seconds"]) or 0.0 for s in result["stages"] if not s["reused"]]
-    all_of_them = sum(number(s["seconds"]) or 0.0 for s in result["stages"])
-    rows.append(("All stages, when they were trained", seconds(all_of_them), "", "", "", ""))
-    rows.append(("Trained in this run", seconds(sum(new)), "", "", "", f"{len(new)} of {len(result['stages'])} stages"))
-    heads = ("Stage", "Time", "Steps", "Images / s", "FLOPs by member", "Result")
-    return grid("Cost of each stage", heads, "text num num num long text", rows)
-
-
-def _versions(result: Table) -> list[Grid]:
-    rows = [(p["name"], p["distribution"] or NONE, p["version"] or NONE) for p in result["plugins"]]
-    machines: dict[str, list[str]] = {}
-    for stage in result["stages"]:
-        text = ", ".join(f"{key} {value}" for key, value in stage["environment"].items())
-        machines.setdefault(text, []).append(stage["name"])
-    return [
-        grid("Versions", ("Part", "Version"), "text text", result["versions"].items()),
-        grid("Plugins", ("Plugin", "Distribution", "Version"), "text text text", rows),
-        grid("Machine", ("Stages", "Environment"), "text long", [("; ".join(v), k) for k, v in machines.items()]),
-    ]
-
-
-def grid(caption: str, heads: Sequence[str], kinds: str, rows: Iterable[Sequence[Any]]) -> Grid:
-    """A table; ``kinds`` has one word a head."""
-    cells = tuple(tuple(NONE if cell is None else str(cell) for cell in row) for row in rows)
-    return Grid(caption, tuple(zip(heads, kinds.split(), strict=True)), cells)
