@@ -31,7 +31,7 @@ from .record import Record
 from .store import Store
 from .stored import check_stored
 from .strategy import check_outcome, check_stages, start, view_result
-from .summary import asked, placed, summarise
+from .summary import asked, chosen, placed, summarise
 
 REPLAYED = {
     "run": {"plugins", "code"},
@@ -146,7 +146,7 @@ class Run:
         if [record["text"] for record in before] != [choice.text]:
             self.journal.append({"kind": "choice", **text})
         self.choices.append(choice)
-        self.handle({"kind": "choice", **text, "is_noise": choice.is_noise})
+        self.handle({"kind": "choice", **chosen(self, choice)})
 
     @contextmanager
     def _delivering_best(self) -> Iterator[None]:

@@ -35,7 +35,7 @@ def summarise(run: Run, outcome: Outcome, seconds: float) -> dict[str, Any]:
         "control": control,
         "chain": [_link(run, ref) for ref in chain],
         "stages": stages,
-        "choices": [_choice(choice) for choice in run.choices],
+        "choices": [chosen(run, choice) for choice in run.choices],
         "replicates": {name: [_replicate(run, ref) for ref in refs] for name, refs in outcome.replicates.items()},
         "evidence": dict(outcome.evidence),
         "note": outcome.note,
@@ -95,8 +95,10 @@ def _member(run: Run, ref: ResultRef | None) -> dict[str, Any] | None:
     return {**{name: member[name] for name in kept}, **link}
 
 
-def _choice(choice: Choice) -> dict[str, Json]:
-    return {"text": choice.text, "margin": choice.margin, "error": choice.error, "is_noise": choice.is_noise}
+def chosen(run: Run, choice: Choice) -> dict[str, Any]:
+    """A choice as its event and result.json have it; ``best`` is the student to deliver if the run ended there."""
+    text = {"text": choice.text, "margin": choice.margin, "error": choice.error, "is_noise": choice.is_noise}
+    return {**text, "best": _link(run, choice.best)}
 
 
 def _replicate(run: Run, ref: ResultRef) -> dict[str, Any]:
@@ -149,6 +151,7 @@ def _protocol(run: Run, outcome: Outcome) -> dict[str, Json]:
         "monitor_share": spec.monitor if splits.carved else None,
         "test_images": sizes["test"],
         "split_seed": spec.split_seed,
+        "fingerprint": splits.fingerprint,
         "seeds": _seeds(run, outcome),
         "text": (
             f"Reported are {chosen}, trained on {sizes['train']} images. Every decision was made on a monitor split "

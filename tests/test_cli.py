@@ -14,7 +14,9 @@ from conftest import Done
 from kdcore import __version__, errors
 from kdcore.errors import EXIT_CODES, KdError
 
-BUILT_IN = ("run", "resume", "plan", "plugins", "new-plugin", "check-plugin", "report", "doctor", "store")
+BUILT_IN = (
+    "run", "search", "resume", "compare", "plan", "plugins", "new-plugin", "check-plugin", "report", "doctor", "store",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- start-up

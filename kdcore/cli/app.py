@@ -44,7 +44,7 @@ def build(arguments: list[str]) -> typer.Typer:
         add_completion=False,
     )
     app.callback()(_top)
-    commands = (run, resume, plan, plugins, new_plugin, check_plugin, report, export, convert, doctor)
+    commands = (run, search, resume, compare, plan, plugins, new_plugin, check_plugin, report, export, convert, doctor)
     for command in commands:
         app.command()(command)
     app.add_typer(_store_app(), name="store", help="List, clean, pack and unpack stored results.")
@@ -88,6 +88,36 @@ def run(
         # absolute, so that `resume` finds it from any folder
         place = (store or root / "store").resolve()
         drive(recipe, sets or [], host, jobs, root, place, files, blocked, strict, allow_plugin_change)
+
+
+def search(
+    recipe: RecipeFile,
+    mode: Annotated[
+        str | None, typer.Option("--mode", metavar="NAME", help="short for --set strategy.mode=NAME")
+    ] = None,
+    sets: Sets = None,
+    jobs: Jobs = None,
+    root: Root = RUNS,
+    store: StoreDir = None,
+    plugin_file: Files = None,
+    block: Block = None,
+    strict: Strict = False,
+    strict_plugins: StrictPlugins = False,
+    allow_plugin_change: AllowChange = False,
+) -> None:
+    """Run a recipe whose strategy is search, and show the tree of chains while it grows."""
+    from .drive import drive
+    from .treeconsole import TreeConsole, check_searches
+
+    files, blocked, sets = plugin_file or [], _blocked(block), sets or []
+    host = load_host(blocked, files, strict_plugins)
+    check_searches(recipe, sets)
+    sets += [f"strategy.mode={mode}"] if mode else []
+    with host.blaming():
+        place = (store or root / "store").resolve()
+        drive(
+            recipe, sets, host, jobs, root, place, files, blocked, strict, allow_plugin_change, show=TreeConsole,
+        )  # fmt: skip
 
 
 def resume(
@@ -182,6 +212,18 @@ def report(
     from .watch import write_report
 
     write_report(folder, watch, seconds)
+
+
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of finished runs")],
+    chains: Annotated[bool, typer.Option("--chains", help="compare all chains within the runs")] = False,
+    mix: Annotated[bool, typer.Option("--mix-protocols", help="although data, splits or selection differ")] = False,
+    target: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the same as JSON")] = None,
+) -> None:
+    """Compare runs of two recipes or more, paired by seed, with 95 % intervals."""
+    from .compare import compare_runs
+
+    compare_runs(folders, chains, mix, target)
 
 
 def export(

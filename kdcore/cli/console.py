@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from ..job import Event
+from .tree import choice_text
 
 PLAIN_SECONDS = 5.0
 
@@ -101,6 +102,14 @@ class RunConsole:
         what = f"{row['target']} = {row['value']}" if row["kind"] == "set" else f"{row['kind']} {row['target']}"
         self._print(f"{event['name']}: epoch {row['tick']}: {row['controller']}: {what} ({row['reason']})", "cyan")
 
+    def _choice(self, event: Event) -> None:
+        self._print(choice_text(event), "bold cyan")
+
+    def _best_so_far(self, event: Event) -> None:
+        student = Path(event["folder"]) / "student.safetensors"
+        self._print(f"Best so far: {event['text']}. Its weights are {student}.", "bold")
+        self._print(f"To go on: kdcore resume {event['folder']}")
+
     def _stage_finished(self, event: Event) -> None:
         result = event["result"]
         how = "from the store" if result["reused"] else f"{result['seconds']:.1f} s"
@@ -137,6 +146,10 @@ class RunConsole:
                 table.add_row(role, row["model"], *accuracy, f"{row['params']:,}", f"{row['flops'] / 1e6:,.2f}")
         with suppress(SystemExit):
             self.console.print(table)
+            if result["replicates"]:
+                from .compare import chains_table
+
+                self.console.print(chains_table(result))
 
 
 def _metrics(metrics: dict[str, dict[str, float]]) -> str:

@@ -58,11 +58,12 @@ def drive(
     allow_plugin_change: bool,
     folder: Path | None = None,
     threads: int | None = None,
+    show: Callable[[], RunConsole] = RunConsole,
 ) -> None:
-    """Runs a recipe to its report and prints the table."""
+    """Runs a recipe to its report, shown by the console that ``show`` makes, and prints the table."""
     recipe = check(source, sets, host)
     folder = folder or folder_of(recipe, source.stem if isinstance(source, Path) else "run", root)
-    with RunConsole() as console:
+    with show() as console:
         run = open_run(
             recipe, host, folder, console, catch_signals(), store=store or root / "store", jobs=jobs,
             plugin_files=plugin_files, blocked=blocked, strict=strict, threads=threads,

@@ -121,7 +121,7 @@ def _begin(session: Session, inputs: Mapping[str, Any], again: memory.Again | No
     for text in session.warnings:
         session.emit({"kind": "warning", "text": text, "preflight": True})
     ticks = {"tick": session.tick, "ticks": session.ticks, "every": session.stage.tick, "step": session.step}
-    session.emit({"kind": "stage_started", **ticks})
+    session.emit({"kind": "stage_started", **ticks, "events": list(session.events)})
     session.begin_tick()
 
 
