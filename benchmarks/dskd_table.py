@@ -53,6 +53,7 @@ RUN_HEADS = (
     "seeds",
     "epochs",
     "stages that it trained",
+    "at once",
     "their minutes",
     "wall-clock, minutes",
     "on",
@@ -98,8 +99,8 @@ def _head(content: Table) -> Iterator[str]:
 def _where(run: Table) -> str:
     about, versions = run["environment"], run["versions"]
     return (
-        f"{about['processor']} ({about['machine']}), {about['device']}, {about['threads']} thread(s) a stage, "
-        f"{run['jobs']} stage(s) at once; kdcore {versions['kdcore']}, torch {versions['torch']}, Python "
+        f"{about['processor']} ({about['machine']}), {about['device']}, {about['threads']} thread(s) a stage; "
+        f"kdcore {versions['kdcore']}, torch {versions['torch']}, Python "
         f"{versions['python']}. Figures are test accuracies in percent after the last epoch unless something else is "
         "said: means and standard deviations over seeds."
     )
@@ -109,7 +110,7 @@ def _run(part: str, run: Table) -> list[str]:
     about, trained = run["protocol"], run["trained"]
     return [
         PARTS[part] if run["name"] == part else run["name"], f"`{run['tag']}`", str(len(about["seeds"])),
-        str(about["train"]["epochs"]), str(trained["stages"]),
+        str(about["train"]["epochs"]), str(trained["stages"]), str(run["jobs"]),
         f"{trained['seconds'] / 60:.1f}", f"{run['wall_seconds'] / 60:.1f}", run["finished"][:10],
     ]  # fmt: skip
 
