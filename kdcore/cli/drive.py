@@ -151,7 +151,7 @@ def show_plan(source: Path, sets: list[str], host: PluginHost, root: Path, store
     view, strategy = compile_recipe(recipe, host.catalog)
     measure = Measure(host.catalog, context.load, view.data)
     view, total = dataclasses.replace(view, measure=measure.model, estimate=measure.stage), 0
-    for stage in in_order(_planned(start(strategy, view, host), strategy, measure.stage), keys):
+    for stage in in_order(planned(start(strategy, view, host), strategy, measure.stage), keys):
         cost = measure.stage(stage)
         stored = Store(settings.store).result(keys.of(stage)) is not None
         total += 0 if stored else cost
@@ -162,7 +162,8 @@ def show_plan(source: Path, sets: list[str], host: PluginHost, root: Path, store
     console.print(f"to train: {total / 1e12:.3f} TFLOPs (convolutions and matrix products; no stop is assumed)")
 
 
-def _planned(plan: Plan, strategy: Spec, cost: Callable[[Stage], int]) -> list[Stage]:
+def planned(plan: Plan, strategy: Spec, cost: Callable[[Stage], int]) -> list[Stage]:
+    """The stages that a strategy asks for if all results are equal; ``cost`` gives the FLOPs of one."""
     answer: Any = None
     stages: list[Stage] = []
     while len(stages) < LONGEST_PLAN:

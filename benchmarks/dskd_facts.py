@@ -1,0 +1,138 @@
+"""What the table of DSKD says of a finished run: plain figures out of its result.json, journal and metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdcore.chains import Chain, chains, chosen, label, learners, stop
+from kdcore.codec import digest
+from kdcore.costs import costs
+from kdcore.journal import Journal
+from kdcore.progress import look
+from kdcore.store import Store
+
+Table = Mapping[str, Any]
+
+MEASURES = {
+    "test": "test_accuracy_last",
+    "test_at_best": "test_accuracy_at_best",
+    "monitor": "monitor_accuracy_last",
+    "best_monitor": "best_monitor_accuracy",
+}
+PLACES = {"root", "download"}  # where data lies says nothing of a result
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """The figures of a finished run.
+
+    Args:
+        folder: of the run.
+    """
+    result = read(folder)
+    stages = {stage["key"]: stage for stage in result["stages"]}
+    found = chains(stages.values())
+    best = chosen(result, found)
+    return {
+        "run": folder.name,
+        "finished": result["run"]["finished"],
+        "wall_seconds": look(folder, stages).seconds,
+        "jobs": json.loads((folder / "run.json").read_bytes())["jobs"],
+        "tag": digest(protocol(result))[:8],
+        "protocol": protocol(result),
+        "versions": result["versions"],
+        "environment": next(iter(stages.values()))["environment"],
+        "warnings": list(dict.fromkeys(result["warnings"])),
+        "choices": result["choices"],
+        "chosen": best and best.label,
+        "evidence": result["evidence"],
+        "trained": _trained(folder, stages),
+        "costs": dataclasses.asdict(costs(result)),
+        "labels": list(_labels(stages)),
+        "chains": [_distilled(stages, chain) for chain in found],
+    }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """result.json of a run."""
+    content: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
+    return content
+
+
+def protocol(result: Table) -> dict[str, Any]:
+    """All that figures depend on which are to be compared: data, split, training, selection, seeds, objective."""
+    recipe, found = result["recipe"], result["protocol"]
+    strategy = recipe["strategy"]
+    models = [recipe["teacher"], *sorted(strategy["candidates"], key=_size, reverse=True), recipe["student"]]
+    return {
+        "data": {key: value for key, value in recipe["data"].items() if key not in PLACES},
+        "images": {name: found[f"{name}_images"] for name in ("train", "monitor", "test")},
+        "selection": found["selection"],
+        "seeds": found["seeds"],
+        "train": recipe["train"],
+        "objective": recipe["objective"],
+        "controller": recipe["controller"],
+        "models": [_name(model) for model in models],
+        "teacher": {key: value for key, value in recipe["teacher"].items() if value is not None},
+        "baseline": strategy["baseline"],
+        "mode": strategy["mode"],
+        "threads": recipe["threads"],
+        "precision": recipe["precision"],
+    }
+
+
+def _size(model: Table) -> int:
+    return int(model["size"])
+
+
+def _name(model: Table) -> str:
+    return f"{model['model']}-{model['size']}"
+
+
+def _trained(folder: Path, stages: Mapping[str, Table]) -> dict[str, float]:
+    """The stages that this run trained by itself, by its journal, how often it began one, and their seconds."""
+    starts = [record["key"] for record in Journal(folder / "journal.jsonl").of("start")]
+    own = [stages[key]["seconds"] for key in dict.fromkeys(starts) if key in stages]
+    return {"starts": len(starts), "stages": len(own), "seconds": round(sum(own), 3)}
+
+
+def _labels(stages: Mapping[str, Table]) -> Iterator[dict[str, Any]]:
+    """Teachers and controls: learners of stages that distil nobody."""
+    for stage in stages.values():
+        for role, member in stage["members"].items():
+            if member["trained"] and not learners(stage):
+                yield {"role": role, "model": member["model"], **_figures(stage, role)}
+
+
+def _distilled(stages: Mapping[str, Table], chain: Chain) -> dict[str, Any]:
+    """The last learner of a chain. Whatever it learned from is a chain of its own."""
+    end = stages[chain.end.stage]
+    stopped = stop(end)
+    return {
+        "chain": label(chain.models),
+        "variant": "DSKD" if chain.controllers else "KD",
+        "stop": stopped and stopped["tick"],
+        "epochs": end["ticks"],
+        **_figures(end, chain.end.member),
+    }
+
+
+def _figures(stage: Table, role: str) -> dict[str, Any]:
+    member = stage["members"][role]
+    measured = {name: member[key] for name, key in MEASURES.items()}
+    work = {"seconds": round(stage["seconds"], 3), "flops": sum(stage["flops"].values()), "params": member["params"]}
+    return {"seed": stage["seed"], "key": stage["key"][:12], **measured, **work}
+
+
+def unlike_store(folder: Path, store: Store) -> Iterator[str]:
+    """Says of every stage of a run whose stored result is gone, or is not what result.json says."""
+    for stage in read(folder)["stages"]:
+        stored = store.result(stage["key"])
+        where = f"{folder.name}, stage {stage['name']!r}, {stage['key'][:12]}"
+        if stored is None:
+            yield f"{where}: not in the store"
+        elif any(stored[name] != stage[name] for name in ("members", "flops", "events")):
+            yield f"{where}: the store says something else"
