@@ -220,6 +220,12 @@ def test_the_same_recipe_gives_the_same_weights_on_the_gpu(tmp_path):
     assert len(hashes) == 1
 
 
+def test_the_seconds_of_members_are_the_gpus_own(tmp_path):
+    stage = make_run(tmp_path, recipe=ON_GPU).execute()["stages"][1]
+    assert 0 < stage["member_seconds"]["teacher"] < stage["member_seconds"]["student"]
+    assert sum(stage["member_seconds"].values()) <= stage["seconds"]
+
+
 def test_bfloat16_trains_on_the_gpu(tmp_path):
     result = make_run(tmp_path, recipe={**ON_GPU, "precision": "bfloat16"}).execute()
     assert result["student"]["test_accuracy"] > 0.15
