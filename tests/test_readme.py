@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import shlex
 import shutil
@@ -33,6 +34,11 @@ def commands(text: str) -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
+def expanded(word: str, folder: Path) -> list[str]:
+    """As a shell does it."""
+    return glob.glob(word, root_dir=folder) if "*" in word else [word]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A user's working directory: the examples and the README's plugin."""
@@ -44,7 +50,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("line", [c for c in commands(README + ARCHITECTURE) if c.startswith("kdcore")])
 def test_a_printed_command_works(folder, line):
-    words = shlex.split(line, comments=True)
+    words = [name for word in shlex.split(line, comments=True) for name in expanded(word, folder)]
     done = subprocess.run([sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

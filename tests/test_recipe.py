@@ -211,7 +211,7 @@ def test_options_that_are_no_options_class_blame_the_plugin() -> None:
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "svhn"])
 def test_the_recipes_of_table_1_are_sound_and_their_assistants_lie_between_student_and_teacher(host, name):
     path = Path(__file__).parents[1] / "examples" / f"dskd_{name}.toml"
-    view, _ = compile_recipe(load(path, ['strategy={name="distill"}']), host.catalog)
+    view, _ = compile_recipe(load(path), host.catalog)
     candidates = [view.model(table) for table in load(path).strategy.extras["candidates"]]
     sizes = [model.options["size"] for model in (view.student, *candidates, view.teacher)]
     assert sizes == sorted(set(sizes))
