@@ -52,6 +52,11 @@ class Chain:
         return self.links[-1]
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """Their keys, the first teacher's first."""
+        return tuple(dict.fromkeys(link.stage for link in self.links))
+
+    @property
     def distilled(self) -> tuple[str, ...]:
         """Keys of the stages that distil: all but the first teacher's."""
         return tuple(link.stage for link in self.links[1:])

@@ -159,6 +159,7 @@ def test_the_cost_table_says_what_sharing_saved_and_how_it_is_counted(page):
     saved = next(row for row in page.rows if row and row[0].startswith("Saved by sharing"))
     assert saved[0] == "Saved by sharing 50 stages"  # 4 x 28 models alone, of which 62 are trained
     assert saved[-1].startswith("What chains would cost")
+    assert len(page.row("Sharing, against chain by chain")) == 3
     assert page.row("All stages: 62 trained, 0 reused")
 
 

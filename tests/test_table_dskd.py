@@ -79,7 +79,8 @@ def made(
         },
         "costs": {"stages_shared": 1, "stages_stopped": 1, "overhead": 1.2, "clock": 0.9,
                   **{role: {"flops": 1, "seconds": 1.0} for role in
-                     ("students", "teachers", "controls", "first_teachers", "stopping", "sharing")}},
+                     ("students", "teachers", "controls", "first_teachers", "stopping", "sharing", "guided")},
+                  "plain_alone": {"flops": 4, "seconds": 2.0}},
         "labels": [], "chains": [],
     }  # fmt: skip
     for seed in seeds:
@@ -160,6 +161,13 @@ def test_the_page_says_which_teacher_stands_beside() -> None:
     text = page(content(main=made(), strong=made(models=("mlp-3", *MODELS[1:]))))
     assert "30 epochs; the first teacher: model mlp, size 10, width 64, lr 0.05." in text
     assert "| 3-2 | 3-8-2 |" in text
+
+
+def test_the_page_judges_the_clock_against_plain_chains_that_share_and_that_do_not() -> None:
+    text = page(content(main=made()))
+    assert "plain chains share their stages too | 0.900 | met |" in text
+    assert "each plain chain trains all its models | 0.500 | met |" in text
+    assert "| 1.200 | 0.900 | 0.250 | 0.500 |" in text
 
 
 def test_the_page_has_the_published_numbers_beside_ours() -> None:
