@@ -313,6 +313,23 @@ def test_check_finds_a_stage_that_the_store_lost(whole: Whole, capsys: pytest.Ca
     assert f"{lost.name[:12]}: not in the store" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("measure", ["seconds", "member_seconds"])
+def test_check_finds_times_in_a_run_that_its_store_does_not_have(
+    whole: Whole, measure: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = whole.folder / "runs" / json.loads(whole.json.read_text())["parts"]["main"][0]["run"] / "result.json"
+    before = path.read_text()
+    edited = json.loads(before)
+    stage = edited["stages"][0]
+    stage[measure] = 0.5 * stage[measure] if measure == "seconds" else dict.fromkeys(stage[measure], 0.0)
+    path.write_text(json.dumps(edited))
+    try:
+        assert whole("--check") == 1
+    finally:
+        path.write_text(before)
+    assert f"{stage['key'][:12]}: the store says something else" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("dskd-*.json")), ids=lambda path: path.stem)
 def test_the_committed_page_is_what_the_committed_json_gives(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
