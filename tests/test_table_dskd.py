@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -161,7 +162,9 @@ def test_other_data_sets_are_not_testable_here() -> None:
 def test_the_page_names_what_did_not_run() -> None:
     text = page(content(main=made()))
     assert "Not run, or not finished: alpha, k, strong, long, greedy." in text
-    assert "The teacher mlp-10 is weaker than its student" in text
+    assert "The teacher mlp-10 is weaker than its student: " in text
+    assert "a difference of -0.40 [-0.40, -0.40] points. " in text
+    assert ", 1 thread a stage; " in text
     assert "Nothing has run yet" in page(content())
 
 
@@ -176,6 +179,16 @@ def test_the_page_judges_the_clock_against_plain_chains_that_share_and_that_do_n
     assert "plain chains share their stages too | 0.900 | met |" in text
     assert "each plain chain trains all its models | 0.500 | met |" in text
     assert "| 1.200 | 0.900 | 0.250 | 0.500 |" in text
+
+
+def test_the_page_says_what_may_be_chance_and_begins_each_goal_with_a_capital() -> None:
+    run = made()
+    for row in run["labels"]:
+        row["test"] += 0.004 * (row["seed"] - 1) * (row["role"] == "teacher")
+    text = page(content(main=run, greedy=made()))
+    assert re.search(r"a difference of -0\.40 \[.*\] points, which may be chance\.", text)
+    goals = text.partition("| goal | measured |")[2].partition("##")[0].splitlines()[2:]
+    assert all(line[2].isupper() for line in goals if line)
 
 
 def test_the_page_has_the_published_numbers_beside_ours() -> None:
@@ -263,7 +276,7 @@ def test_a_killed_run_goes_on_and_trains_no_finished_stage_again(whole: Whole) -
 
 def test_a_whole_run_says_its_goals_its_protocol_and_no_folder_of_this_machine(whole: Whole) -> None:
     text = whole.page.read_text()
-    assert "16 stages a seed, not 28 | met" in text
+    assert re.search(r"16 stages a seed, not 28; \d+ starts of 35 stages in its journal \| met", text)
     assert f"Protocol `{json.loads(whole.json.read_text())['parts']['main'][0]['tag']}`: digits, 1295 training" in text
     assert str(whole.folder) not in text + whole.json.read_text()
 
