@@ -123,6 +123,18 @@ def test_each_chain_has_its_curves_with_and_without_controllers_on_one_scale(pag
     assert len({tuple(re.findall(r">(\d+%|\d+\.\d+%)</text>", svg)) for svg in drawn}) == 1
 
 
+def test_a_figure_says_in_how_many_stages_distillation_stopped(page):
+    """Its lines are of those that did: of 10-4 one seed, of 10-8-2 none."""
+    assert "Distillation stopped in 1 of 2 stages with dskd, at epoch 2." in page.texts
+    assert "Distillation stopped in 2 of 2 stages with dskd, at epoch 2, 2." in page.texts
+    assert "Distillation never stopped." in page.texts
+
+
+def test_the_headline_says_of_which_of_several_seeds_it_is(page):
+    assert "Of seed 0 alone; the mean of all 2 stands under Learners." in page.texts
+    assert "under Learners" not in Page(render(fixture())).text
+
+
 def test_convergence_says_how_soon_each_step_is_near_its_end_near_sizes_first(page):
     rows = [row for row in page.rows if row and " -> " in row[0] and row[2].startswith("with")]
     assert [row[0] for row in rows[::2]] == [
@@ -130,8 +142,14 @@ def test_convergence_says_how_soon_each_step_is_near_its_end_near_sizes_first(pa
         "mlp-4 -> mlp-2", "mlp-10 -> mlp-4", "mlp-6 -> mlp-2", "mlp-8 -> mlp-2", "mlp-10 -> mlp-2",
     ]  # fmt: skip
     with_stop, without = (row for row in rows if row[0] == "mlp-10 -> mlp-8")
-    assert with_stop[1:] == ["1.25\u00a0×", "with dskd", "2", "5", "25\u00a0%"]  # 0.94 is the first above 0.935
-    assert without[1:] == ["1.25\u00a0×", "without controllers", "2", "8", "–"]
+    assert with_stop[1:] == [
+        "1.25\u00a0×",
+        "with dskd",
+        "2",
+        "epoch\u00a05",
+        "25\u00a0%",
+    ]  # 0.94 is the first above 0.935
+    assert without[1:] == ["1.25\u00a0×", "without controllers", "2", "epoch\u00a08", "–"]
     assert next(row for row in rows if row[0] == "mlp-4 -> mlp-2")[3] == "8"  # of four chains under two seeds
 
 
