@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, ValidationError
 
@@ -56,7 +56,7 @@ class Finding(Plain):
     run: Ran
     protocol: dict[str, Json]
     student: Row
-    replicates: dict[str, tuple[Row, ...]] = Field({})
+    replicates: dict[str, Annotated[tuple[Row, ...], Field(min_length=1)]] = Field({})
     stages: tuple[Trained, ...]
     recipe: dict[str, Json]
 
