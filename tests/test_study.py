@@ -163,13 +163,20 @@ def test_learners_over_seeds_have_mean_deviation_and_paired_difference(page, mad
 
 
 def test_choices_have_their_margin_and_say_what_is_noise():
-    choices = [("direct", None, None), ("clear", 0.021, 0.01), ("noise", 0.002, 0.004), ("tie", 0.0, 0.0)]
+    choices = [
+        ("direct", None, None),
+        ("clear", 0.021, 0.01),
+        ("noise", 0.002, 0.004),
+        ("edge", 0.004, 0.004),
+        ("tie", 0.0, 0.0),
+    ]
     page = Page(
         render({**fixture(), "choices": [dict(zip(("text", "margin", "error"), c, strict=True)) for c in choices]})
     )
     assert page.row("direct") == ["–", "–"]
     assert page.row("clear") == ["+2.10\u00a0±\u00a01.00", "above noise"]
     assert page.row("noise") == ["+0.20\u00a0±\u00a00.40", "within noise"]
+    assert page.row("edge")[-1] == "within noise"  # as the terminal says
     assert page.row("tie") == ["+0.00\u00a0±\u00a00.00", "a tie"]
 
 

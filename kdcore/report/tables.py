@@ -32,7 +32,7 @@ def _weight(choice: Table) -> str:
     margin, error = number(choice["margin"]), number(choice["error"])
     if margin is None or error is None:
         return NONE
-    return "a tie" if margin == 0 else "within noise" if abs(margin) < error else "above noise"
+    return "a tie" if margin == 0 else "within noise" if abs(margin) <= error else "above noise"
 
 
 def replicates(result: Table) -> Grid:
