@@ -109,11 +109,6 @@ def teacher_of(stage: Table, role: str) -> tuple[str, str] | None:
     return origin["stage"], origin["member"]
 
 
-def of_student(result: Table) -> list[Chain]:
-    """The chains that end in the model that the run delivers."""
-    return [chain for chain in chains(result["stages"]) if chain.end.model == result["student"]["model"]]
-
-
 def whole(result: Table) -> list[Chain]:
     """The chains that stand for themselves: of the learners that the strategy names, and of those that teach nobody."""
     named = [result["student"], *(ref for refs in result["replicates"].values() for ref in refs)]
