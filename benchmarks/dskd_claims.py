@@ -104,7 +104,7 @@ def _own(content: Table) -> Iterator[Claim]:
         5,
         "The chain that the table lacks would not be the best.",
         "lacks it",
-        "under DSKD the 95 % interval of what it is above the best other chain does not lie above 0",
+        "under DSKD the 95 % interval of what it is above the best other chain lies below 0",
         _judged(content, _missing_chain),
     )
 
@@ -178,7 +178,7 @@ def _missing_chain(run: Table) -> Finding:
     if ours is None:
         return "not measured", NOT_TESTABLE
     text = f"{missing} {ours.mean:.2f}; less {best} {_shown(found)}"
-    return text, _verdict([found], lambda low, high: low <= 0)
+    return text, _verdict([found], lambda low, high: high < 0)
 
 
 def _recovery(content: Table) -> Iterator[tuple[str, str, str]]:

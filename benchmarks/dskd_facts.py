@@ -23,6 +23,8 @@ MEASURES = {
     "monitor": "monitor_accuracy_last",
     "best_monitor": "best_monitor_accuracy",
 }
+MEASURED = ("members", "flops", "events", "seconds", "member_seconds", "environment")
+"""Of a stage, what the store says too."""
 PLACES = {"root", "download"}  # where data lies says nothing of a result
 
 
@@ -134,5 +136,5 @@ def unlike_store(folder: Path, store: Store) -> Iterator[str]:
         where = f"{folder.name}, stage {stage['name']!r}, {stage['key'][:12]}"
         if stored is None:
             yield f"{where}: not in the store"
-        elif any(stored[name] != stage[name] for name in ("members", "flops", "events")):
+        elif any(stored[name] != stage[name] for name in MEASURED):
             yield f"{where}: the store says something else"

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from scipy.stats import t as student_t
-
 from kdcore.chains import label
+from kdcore.compare import interval
 
 Table = Mapping[str, Any]
 
-CONFIDENCE = 0.95
 KD, DSKD = "KD", "DSKD"
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     "mnist": {
@@ -55,12 +52,8 @@ def spread(values: Iterable[float]) -> Spread | None:
     found = list(values)
     if not found:
         return None
-    mean, n = statistics.fmean(found), len(found)
-    if n == 1:
-        return Spread(mean, n, None, None, None)
-    sd = statistics.stdev(found)
-    half = float(student_t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / math.sqrt(n)
-    return Spread(mean, n, sd, mean - half, mean + half)
+    sd = statistics.stdev(found) if len(found) > 1 else None
+    return Spread(statistics.fmean(found), len(found), sd, *interval(found))
 
 
 def unit(content: Table, part: str, name: str = "") -> Table | None:

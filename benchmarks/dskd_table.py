@@ -11,6 +11,7 @@ from dskd_figures import (
     DSKD,
     KD,
     PUBLISHED,
+    Spread,
     accuracy,
     columns,
     gain,
@@ -56,7 +57,7 @@ RUN_HEADS = (
     "at once",
     "their minutes",
     "wall-clock, minutes",
-    "on",
+    "finished",
 )
 NEAR = 0.5  # points
 WEAK = "not above the label-only control"
@@ -99,11 +100,15 @@ def _head(content: Table) -> Iterator[str]:
 def _where(run: Table) -> str:
     about, versions = run["environment"], run["versions"]
     return (
-        f"{about['processor']} ({about['machine']}), {about['device']}, {about['threads']} thread(s) a stage; "
+        f"{about['processor']} ({about['machine']}), {about['device']}, {_threads(about['threads'])} a stage; "
         f"kdcore {versions['kdcore']}, torch {versions['torch']}, Python "
         f"{versions['python']}. Figures are test accuracies in percent after the last epoch unless something else is "
         "said: means and standard deviations over seeds."
     )
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _run(part: str, run: Table) -> list[str]:
@@ -241,11 +246,17 @@ def _teacher(run: Table) -> Iterator[str]:
     how = "weaker" if difference.mean < 0 else "stronger"
     yield (
         f"The teacher {teacher} is {how} than its student: it has {plus_minus(spread(theirs.values()))}, {student} on "
-        f"labels alone {plus_minus(spread(ours.values()))}, a difference of {interval(difference)} points."
+        f"labels alone {plus_minus(spread(ours.values()))}, a difference of {interval(difference)} "
+        f"points{_unsure(difference)}."
     )
     if warned := [text for text in run["warnings"] if WEAK in text]:
         times = len(warned)
-        yield f"Preflight warns {times} times that a teacher is not above its student's control, first: {warned[0]}."
+        yield f'Preflight warns {times} times that a teacher is not above its student\'s control, first "{warned[0]}".'
+
+
+def _unsure(found: Spread) -> str:
+    """What to say of a difference whose interval holds 0."""
+    return ", which may be chance" if found.low is None or found.low <= 0 <= (found.high or 0) else ""
 
 
 def _stop_text(run: Table) -> Iterator[str]:

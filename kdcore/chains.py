@@ -52,6 +52,11 @@ class Chain:
         return self.links[-1]
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """Their keys, the first teacher's first."""
+        return tuple(dict.fromkeys(link.stage for link in self.links))
+
+    @property
     def distilled(self) -> tuple[str, ...]:
         """Keys of the stages that distil: all but the first teacher's."""
         return tuple(link.stage for link in self.links[1:])
@@ -102,11 +107,6 @@ def teacher_of(stage: Table, role: str) -> tuple[str, str] | None:
     frozen = teachers(stage)
     origin = stage["inputs"]["teacher" if "teacher" in frozen else frozen[0]]
     return origin["stage"], origin["member"]
-
-
-def of_student(result: Table) -> list[Chain]:
-    """The chains that end in the model that the run delivers."""
-    return [chain for chain in chains(result["stages"]) if chain.end.model == result["student"]["model"]]
 
 
 def whole(result: Table) -> list[Chain]:

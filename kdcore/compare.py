@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, ValidationError
 
@@ -56,7 +56,7 @@ class Finding(Plain):
     run: Ran
     protocol: dict[str, Json]
     student: Row
-    replicates: dict[str, tuple[Row, ...]] = Field({})
+    replicates: dict[str, Annotated[tuple[Row, ...], Field(min_length=1)]] = Field({})
     stages: tuple[Trained, ...]
     recipe: dict[str, Json]
 
@@ -167,18 +167,20 @@ def gap(ours: Sequence[Sample], theirs: Sequence[Sample]) -> Gap:
     seeds = sorted(own.keys() & other.keys())
     differences = [own[seed] - other[seed] for seed in seeds]
     mean = statistics.fmean(differences) if seeds else None
-    low = high = None
-    if mean is not None and len(seeds) > 1:
-        half = _quantile(len(seeds) - 1) * statistics.stdev(differences) / math.sqrt(len(seeds))
-        low, high = mean - half, mean + half
+    low, high = interval(differences)
     unpaired, missing = (tuple(sorted(a - b)) for a, b in ((set(own), set(other)), (set(other), set(own))))
     return Gap(tuple(seeds), mean, low, high, unpaired, missing)
 
 
-def _quantile(degrees: int) -> float:
+def interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """The ends of the mean's 95 % interval by Student's t; None with less than two values."""
     from scipy.special import stdtrit  # scipy.stats.t.ppf without importing all of scipy.stats
 
-    return float(stdtrit(degrees, (1 + CONFIDENCE) / 2))
+    if len(values) < 2:
+        return None, None
+    quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
+    middle, half = statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return middle - half, middle + half
 
 
 def samples_of(rows: Sequence[Row], seed: int) -> tuple[Sample, ...]:

@@ -44,12 +44,16 @@ class Costs:
         stages_stopped: stages in which a decision ended the distillation.
         stopping: work that these did not do: forward passes of teachers, and training of controls side by side.
         stages_shared: how many stages more the chains would train if each trained all its models, the first teacher
-            included, and each distilled stage its own control.
+            included, and each distilled stage its own control, of full length.
         sharing: what these stages would cost.
         overhead: FLOPs of the distilled stages with controllers and of their controls, over those of the same stages
             without controls and without stops; None without controllers.
         clock: seconds of the distilled stages with controllers and of their controls, over those of the same chains
             without, where the run has both; else None. First teachers, which both share, are in neither.
+        guided: of the chains that the run has with controllers and without: first teachers, distilled stages and
+            controls of those with them, each stage once.
+        plain_alone: of these chains without controllers if each trained all its models, the first teacher included:
+            plain distillation, chain by chain.
     """
 
     trained: int
@@ -66,6 +70,8 @@ class Costs:
     sharing: Work
     overhead: float | None
     clock: float | None
+    guided: Work
+    plain_alone: Work
 
     @property
     def total(self) -> Work:
@@ -87,6 +93,7 @@ def costs(result: Table) -> Costs:
     reused = sum(bool(stage["reused"]) for stage in stages.values())
     found = whole(result)
     more, sharing = _sharing(stages, found)
+    guided, plain = _both(found)
     return Costs(
         trained=len(stages) - reused,
         reused=reused,
@@ -98,7 +105,9 @@ def costs(result: Table) -> Costs:
         stages_shared=more,
         sharing=sharing,
         overhead=_overhead(stages),
-        clock=_clock(stages, found),
+        clock=_clock(stages, guided, plain),
+        guided=_once(stages, (key for chain in guided for key in chain.stages)),
+        plain_alone=_sum(_stage(stages[key]) for chain in plain for key in chain.stages),
     )
 
 
@@ -180,7 +189,7 @@ def _beside(stage: Table) -> list[str]:
 def _sharing(stages: Stages, found: Iterable[Chain]) -> tuple[int, Work]:
     """How many stages, and what work, these chains would train beyond their stages once."""
     alone: Counter[str] = Counter()
-    for keys in {tuple(link.stage for link in chain.links) for chain in found}:
+    for keys in {chain.stages for chain in found}:
         alone.update([*keys, *_controls(stages, keys)])
     again = {key: times - 1 for key, times in alone.items()}
     works = {key: _stage(stages[key]) for key in again}
@@ -206,17 +215,24 @@ def _overhead(stages: Stages) -> float | None:
     return (own + _sum(_stage(stages[key]) for key in controls).flops) / plain if plain else None
 
 
-def _clock(stages: Stages, found: Iterable[Chain]) -> float | None:
-    guided: dict[tuple[tuple[str, ...], int], set[str]] = {}
-    plain: dict[tuple[tuple[str, ...], int], set[str]] = {}
-    for chain in found:
-        variant = guided if chain.controllers else plain
-        variant.setdefault((chain.models, chain.seed), set()).update(chain.distilled)
-    both = guided.keys() & plain.keys()
-    with_them = {key for pair in both for key in guided[pair]}
-    without = {key for pair in both for key in plain[pair]}
-    under = _seconds(stages, without)
-    return _seconds(stages, with_them | set(_controls(stages, with_them))) / under if under else None
+def _both(found: Collection[Chain]) -> tuple[list[Chain], list[Chain]]:
+    """The chains with controllers, and those without, of models and seeds that have both."""
+    with_them = {(chain.models, chain.seed) for chain in found if chain.controllers}
+    without = {(chain.models, chain.seed) for chain in found if not chain.controllers}
+    same = [chain for chain in found if (chain.models, chain.seed) in with_them & without]
+    return [chain for chain in same if chain.controllers], [chain for chain in same if not chain.controllers]
+
+
+def _clock(stages: Stages, guided: Iterable[Chain], plain: Iterable[Chain]) -> float | None:
+    over = _once(stages, (key for chain in guided for key in chain.distilled)).seconds
+    under = _once(stages, (key for chain in plain for key in chain.distilled)).seconds
+    return over / under if under else None
+
+
+def _once(stages: Stages, keys: Iterable[str]) -> Work:
+    """Of these stages and their controls, each once."""
+    own = set(keys)
+    return _sum(_stage(stages[key]) for key in sorted(own | set(_controls(stages, own))))
 
 
 def _seconds(stages: Stages, keys: Iterable[str]) -> float:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from results import distilled, member, on_labels, result, stage
 
-from kdcore.chains import chains, chosen, groups, label, of_student, stop, whole
+from kdcore.chains import chains, chosen, groups, label, stop, whole
 
 
 def two_assistants(seed=0, control=""):
@@ -45,13 +45,12 @@ def test_a_teacher_under_any_name_teaches_and_the_one_called_teacher_comes_first
     assert [chain.label for chain in chains([one, two, pupil])] == ["8-2"]
 
 
-def test_chains_of_the_student_end_in_its_model_and_whole_ones_are_nobodys_teachers():
+def test_whole_chains_teach_nobody_and_the_chosen_one_ends_in_the_delivered_student():
     stages = two_assistants()
     dead_end = distilled("10-4", "mlp-4", stages[0])
     found = result([*stages[:2], dead_end, *stages[2:]])
-    assert [chain.label for chain in of_student(found)] == ["10-2", "10-8-2"]
     assert [chain.label for chain in whole(found)] == ["10-4", "10-2", "10-8-2"]
-    assert chosen(found, of_student(found)).label == "10-8-2"
+    assert chosen(found, chains(found["stages"])).label == "10-8-2"
     assert chosen(found, []) is None
 
 

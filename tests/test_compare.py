@@ -220,6 +220,7 @@ def test_what_a_run_does_not_record_is_not_compared():
         ({"student": row("k", None)}, "student.test_accuracy: Input should be a valid number"),
         ({"stages": [{"key": "k"}]}, "stages.0.seconds: Field required"),
         ({"run": {}}, "run.seed: Field required"),
+        ({"replicates": {"10-2": []}}, "replicates.10-2: Tuple should have at least 1 item"),
     ],
 )
 def test_a_result_that_is_none_is_named(change, says):

@@ -85,6 +85,22 @@ def test_the_clock_compares_chains_that_the_run_has_with_and_without_controllers
     assert costs(result(stages)).clock is None
 
 
+def test_sharing_with_controllers_is_compared_with_plain_chains_one_by_one():
+    """10-2 and 10-4-2 alone train the teacher twice, which the chains with controllers train once."""
+    stages = dskd_search()
+    plain = [distilled("plain-10-2", "mlp-2", stages[0]), distilled("plain-10-4", "mlp-4", stages[0])]
+    plain.append(distilled("plain-10-4-2", "mlp-2", plain[1], seconds=40.0))
+    found = costs(result([*plain, *stages]))
+    once = (on_labels("10", "mlp-10"), *(s for s in stages if s["key"] in ("10-2", "10-4", "10-4-2")))
+    controls = [s for s in stages if s["key"] in ("control-2", "control-4")]
+    assert found.guided.flops == sum(sum(s["flops"].values()) for s in (*once, *controls))
+    assert found.guided.seconds == pytest.approx(11.0 + 21.0 + 13.5 + 21.0 + 2 * 11.0)
+    flops = 2 * 3000 * 100 + 3000 * 20 + 1000 * 100 + 3000 * 40 + 1000 * 100 + 3000 * 20 + 1000 * 40
+    assert found.plain_alone.flops == flops
+    assert found.plain_alone.seconds == pytest.approx(2 * 11.0 + 21.0 + 21.0 + 40.0)
+    assert (costs(result(stages)).guided, costs(result(stages)).plain_alone) == (Work(), Work())
+
+
 def test_runs_without_teachers_and_models_without_flops_cost_what_they_cost():
     generator = {**member("mlp-2"), "flops": None}
     players = stage("g", {"a": generator, "b": member("mlp-2")}, {"a": 10, "b": 10})

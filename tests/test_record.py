@@ -145,7 +145,7 @@ def test_a_run_that_cannot_write_them_has_the_same_result(whole, tmp_path):
 
 def test_the_documentation_names_every_kind_and_column(whole):
     text = (Path(__file__).parents[1] / "docs" / "observing.md").read_text()
-    kinds = {line["kind"] for line in read(whole[0].folder)} | {"decision", "warning"}
+    kinds = {line["kind"] for line in read(whole[0].folder)} | {"choice", "decision", "warning"}
     assert {"run", "start", "log", "tick"} <= kinds
     assert all(f"| `{kind}` |" in text for kind in kinds)
     assert all(f"`{column}`" in text for column in record.COLUMNS)

@@ -123,6 +123,18 @@ def test_each_chain_has_its_curves_with_and_without_controllers_on_one_scale(pag
     assert len({tuple(re.findall(r">(\d+%|\d+\.\d+%)</text>", svg)) for svg in drawn}) == 1
 
 
+def test_a_figure_says_in_how_many_stages_distillation_stopped(page):
+    """Its lines are of those that did: of 10-4 one seed, of 10-8-2 none."""
+    assert "Distillation stopped in 1 of 2 stages with dskd, at epoch 2." in page.texts
+    assert "Distillation stopped in 2 of 2 stages with dskd, at epoch 2, 2." in page.texts
+    assert "Distillation never stopped." in page.texts
+
+
+def test_the_headline_says_of_which_of_several_seeds_it_is(page):
+    assert "Of seed 0 alone; the mean of all 2 stands under Learners." in page.texts
+    assert "under Learners" not in Page(render(fixture())).text
+
+
 def test_convergence_says_how_soon_each_step_is_near_its_end_near_sizes_first(page):
     rows = [row for row in page.rows if row and " -> " in row[0] and row[2].startswith("with")]
     assert [row[0] for row in rows[::2]] == [
@@ -130,8 +142,14 @@ def test_convergence_says_how_soon_each_step_is_near_its_end_near_sizes_first(pa
         "mlp-4 -> mlp-2", "mlp-10 -> mlp-4", "mlp-6 -> mlp-2", "mlp-8 -> mlp-2", "mlp-10 -> mlp-2",
     ]  # fmt: skip
     with_stop, without = (row for row in rows if row[0] == "mlp-10 -> mlp-8")
-    assert with_stop[1:] == ["1.25\u00a0×", "with dskd", "2", "5", "25\u00a0%"]  # 0.94 is the first above 0.935
-    assert without[1:] == ["1.25\u00a0×", "without controllers", "2", "8", "–"]
+    assert with_stop[1:] == [
+        "1.25\u00a0×",
+        "with dskd",
+        "2",
+        "epoch\u00a05",
+        "25\u00a0%",
+    ]  # 0.94 is the first above 0.935
+    assert without[1:] == ["1.25\u00a0×", "without controllers", "2", "epoch\u00a08", "–"]
     assert next(row for row in rows if row[0] == "mlp-4 -> mlp-2")[3] == "8"  # of four chains under two seeds
 
 
@@ -145,13 +163,20 @@ def test_learners_over_seeds_have_mean_deviation_and_paired_difference(page, mad
 
 
 def test_choices_have_their_margin_and_say_what_is_noise():
-    choices = [("direct", None, None), ("clear", 0.021, 0.01), ("noise", 0.002, 0.004), ("tie", 0.0, 0.0)]
+    choices = [
+        ("direct", None, None),
+        ("clear", 0.021, 0.01),
+        ("noise", 0.002, 0.004),
+        ("edge", 0.004, 0.004),
+        ("tie", 0.0, 0.0),
+    ]
     page = Page(
         render({**fixture(), "choices": [dict(zip(("text", "margin", "error"), c, strict=True)) for c in choices]})
     )
     assert page.row("direct") == ["–", "–"]
     assert page.row("clear") == ["+2.10\u00a0±\u00a01.00", "above noise"]
     assert page.row("noise") == ["+0.20\u00a0±\u00a00.40", "within noise"]
+    assert page.row("edge")[-1] == "within noise"  # as the terminal says
     assert page.row("tie") == ["+0.00\u00a0±\u00a00.00", "a tie"]
 
 
@@ -159,6 +184,7 @@ def test_the_cost_table_says_what_sharing_saved_and_how_it_is_counted(page):
     saved = next(row for row in page.rows if row and row[0].startswith("Saved by sharing"))
     assert saved[0] == "Saved by sharing 50 stages"  # 4 x 28 models alone, of which 62 are trained
     assert saved[-1].startswith("What chains would cost")
+    assert len(page.row("Sharing, against chain by chain")) == 3
     assert page.row("All stages: 62 trained, 0 reused")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -79,7 +80,8 @@ def made(
         },
         "costs": {"stages_shared": 1, "stages_stopped": 1, "overhead": 1.2, "clock": 0.9,
                   **{role: {"flops": 1, "seconds": 1.0} for role in
-                     ("students", "teachers", "controls", "first_teachers", "stopping", "sharing")}},
+                     ("students", "teachers", "controls", "first_teachers", "stopping", "sharing", "guided")},
+                  "plain_alone": {"flops": 4, "seconds": 2.0}},
         "labels": [], "chains": [],
     }  # fmt: skip
     for seed in seeds:
@@ -128,6 +130,14 @@ def test_claims_that_the_figures_do_not_show_are_not_held() -> None:
     ]  # fmt: skip
 
 
+def test_a_claim_is_not_held_because_nothing_speaks_against_it() -> None:
+    """No chain is better than another, in an interval of more than a point."""
+    found = made(best="", collapsed={"10-8-6-2": 4.0})
+    for row in found["chains"]:
+        row["test"] += 0.004 * ((row["seed"] + len(row["chain"])) % 3) * (row["variant"] == "DSKD")
+    assert [verdict for number, verdict in verdicts(content(main=found)) if number in (1, 5)] == [NOT_HELD, NOT_HELD]
+
+
 def test_a_small_gain_is_a_gain_but_not_the_claimed_one() -> None:
     assert [verdict for number, verdict in verdicts(content(main=made(gain=0.5))) if number == 3] == [NOT_HELD, HELD]
 
@@ -152,7 +162,9 @@ def test_other_data_sets_are_not_testable_here() -> None:
 def test_the_page_names_what_did_not_run() -> None:
     text = page(content(main=made()))
     assert "Not run, or not finished: alpha, k, strong, long, greedy." in text
-    assert "The teacher mlp-10 is weaker than its student" in text
+    assert "The teacher mlp-10 is weaker than its student: " in text
+    assert "a difference of -0.40 [-0.40, -0.40] points. " in text
+    assert ", 1 thread a stage; " in text
     assert "Nothing has run yet" in page(content())
 
 
@@ -160,6 +172,23 @@ def test_the_page_says_which_teacher_stands_beside() -> None:
     text = page(content(main=made(), strong=made(models=("mlp-3", *MODELS[1:]))))
     assert "30 epochs; the first teacher: model mlp, size 10, width 64, lr 0.05." in text
     assert "| 3-2 | 3-8-2 |" in text
+
+
+def test_the_page_judges_the_clock_against_plain_chains_that_share_and_that_do_not() -> None:
+    text = page(content(main=made()))
+    assert "plain chains share their stages too | 0.900 | met |" in text
+    assert "each plain chain trains all its models | 0.500 | met |" in text
+    assert "| 1.200 | 0.900 | 0.250 | 0.500 |" in text
+
+
+def test_the_page_says_what_may_be_chance_and_begins_each_goal_with_a_capital() -> None:
+    run = made()
+    for row in run["labels"]:
+        row["test"] += 0.004 * (row["seed"] - 1) * (row["role"] == "teacher")
+    text = page(content(main=run, greedy=made()))
+    assert re.search(r"a difference of -0\.40 \[.*\] points, which may be chance\.", text)
+    goals = text.partition("| goal | measured |")[2].partition("##")[0].splitlines()[2:]
+    assert all(line[2].isupper() for line in goals if line)
 
 
 def test_the_page_has_the_published_numbers_beside_ours() -> None:
@@ -247,7 +276,7 @@ def test_a_killed_run_goes_on_and_trains_no_finished_stage_again(whole: Whole) -
 
 def test_a_whole_run_says_its_goals_its_protocol_and_no_folder_of_this_machine(whole: Whole) -> None:
     text = whole.page.read_text()
-    assert "16 stages a seed, not 28 | met" in text
+    assert re.search(r"16 stages a seed, not 28; \d+ starts of 35 stages in its journal \| met", text)
     assert f"Protocol `{json.loads(whole.json.read_text())['parts']['main'][0]['tag']}`: digits, 1295 training" in text
     assert str(whole.folder) not in text + whole.json.read_text()
 
@@ -303,6 +332,23 @@ def test_check_finds_a_stage_that_the_store_lost(whole: Whole, capsys: pytest.Ca
     finally:
         shutil.move(whole.folder / "lost", lost)
     assert f"{lost.name[:12]}: not in the store" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("measure", ["seconds", "member_seconds"])
+def test_check_finds_times_in_a_run_that_its_store_does_not_have(
+    whole: Whole, measure: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = whole.folder / "runs" / json.loads(whole.json.read_text())["parts"]["main"][0]["run"] / "result.json"
+    before = path.read_text()
+    edited = json.loads(before)
+    stage = edited["stages"][0]
+    stage[measure] = 0.5 * stage[measure] if measure == "seconds" else dict.fromkeys(stage[measure], 0.0)
+    path.write_text(json.dumps(edited))
+    try:
+        assert whole("--check") == 1
+    finally:
+        path.write_text(before)
+    assert f"{stage['key'][:12]}: the store says something else" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("dskd-*.json")), ids=lambda path: path.stem)

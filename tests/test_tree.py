@@ -262,6 +262,15 @@ def test_no_number_is_cut_on_80_columns():
     assert row.endswith("91.00 ± 1.00  10, 11, 12    +1.00  96.00 ± 1.00")
 
 
+@pytest.mark.parametrize("width", [40, 52, 66, 79])
+def test_a_narrow_terminal_leaves_out_columns_and_shows_the_others_whole(width):
+    running = distilled("resnet-4", labels("resnet-12"))
+    text = shown(grown(*large(), asked(running), started(running, tick=3)), width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert "epoch 3/10" in text
+
+
 def test_a_low_terminal_leaves_out_finished_chains_but_not_the_best():
     others = [distilled(f"mlp-{size}", TEACHER) for size in range(3, 40)]
     running = others[-1]

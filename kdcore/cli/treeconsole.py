@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -121,15 +122,16 @@ class TreeView:
         if not self.whole and _size(tree.roots) > console.height - below:
             tree = Tree(_pruned(tree.roots), tree.controllers, tree.choices)
             hidden = _size(self.tree.roots) - _size(tree.roots)
-        yield _table(tree, options.ascii_only)
+        yield _table(tree, options.max_width, options.ascii_only)
         left_out = [f"({hidden} finished models are not shown)"] if hidden else []
         for text in [*left_out, *choices]:
             yield Text(_plain(text, options.ascii_only))
 
 
-def _table(tree: Tree, ascii_only: bool) -> RenderableType:
-    """One row a model; a column that no model has anything for is left out."""
+def _table(tree: Tree, width: int, ascii_only: bool) -> RenderableType:
+    """One row a model; left out are columns that no model has anything for, and the last ones of a narrow terminal."""
     rows = list(_rows(tree.roots))
+    names = [_plain(guides, ascii_only) + node.chain[-1] + (" on labels" if node.role else "") for guides, node in rows]
     columns: dict[str, Callable[[Node], str]] = {
         "state": _state,
         "monitor %": lambda node: _accuracy(node.learners),
@@ -139,14 +141,21 @@ def _table(tree: Tree, ascii_only: bool) -> RenderableType:
     }
     cells = {head: [_plain(cell(node), ascii_only) for _, node in rows] for head, cell in columns.items()}
     cells = {head: column for head, column in cells.items() if any(column)}
+    while len(cells) > 1 and _widest(names) + sum(2 + _widest([h, *c]) for h, c in cells.items()) > width:
+        cells.popitem()
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("model", no_wrap=True)
     for head in cells:
         table.add_column(head, justify="left" if head == "state" else "right", no_wrap=head != "state")
-    for i, (guides, node) in enumerate(rows):
-        name = Text(_plain(guides, ascii_only) + node.chain[-1] + (" on labels" if node.role else ""))
-        table.add_row(name, *(Text(column[i]) for column in cells.values()), style="bold" if node.is_best else "")
+    for i, (_, node) in enumerate(rows):
+        row = (Text(names[i]), *(Text(column[i]) for column in cells.values()))
+        table.add_row(*row, style="bold" if node.is_best else "")
     return table
+
+
+def _widest(texts: Sequence[str]) -> int:
+    """Of their lines; a state may be folded at its comma."""
+    return max(len(line) for text in texts for line in re.split(r"\n|, (?=[a-z])", text))
 
 
 def _rows(nodes: Sequence[Node], before: str = "", depth: int = 0) -> Iterator[tuple[str, Node]]:

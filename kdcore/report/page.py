@@ -43,6 +43,7 @@ def view(result: Table) -> dict[str, Any]:
         "lede": lede(result),
         "run": _run(result),
         "warnings": _warnings(result),
+        "of_seed": _of_seed(result),
         "headline": _headline(result),
         "protocol": _protocol(result),
         "chain": study.tree_panels(result) if study.is_study(result) else _chain(result),
@@ -86,9 +87,9 @@ def lede(result: Table) -> str:
         other = _reported(result, role)
         if own is not None and other is not None:
             gap = 100 * (own - other)
-            noise = ", which is within the noise," if _within_noise(own, other, result) else ""
+            noise = ", which is within the noise" if _within_noise(own, other, result) else ""
             said.append(f"{abs(gap):.2f} points {'above' if gap >= 0 else 'below'} {name}{noise}")
-    return f"The student is {' and '.join(said)} on the test images.".replace(", on", " on") if said else ""
+    return f"On the test images the student is {', and '.join(said)}." if said else ""
 
 
 def _within_noise(own: float, other: float, result: Table) -> bool:
@@ -123,6 +124,16 @@ def _warnings(result: Table) -> list[str]:
     degraded = [f"Plugin {name} is degraded: {reason}" for name, reason in result["degraded"].items()]
     staged = [f"{s['name']}: {text}" for s in result["stages"] for text in s["warnings"] if text not in own]
     return list(dict.fromkeys([*own, *degraded, *staged]))
+
+
+def _of_seed(result: Table) -> str:
+    """Which training the headline is of, where the delivered student was trained under several seeds."""
+    end = result["student"]["stage"], result["student"]["member"]
+    for refs in result["replicates"].values():
+        seeds = {(ref["stage"], ref["member"]): ref["seed"] for ref in refs}
+        if len(seeds) > 1 and end in seeds:
+            return f"Of seed {seeds[end]} alone; the mean of all {len(seeds)} stands under Learners."
+    return ""
 
 
 def _headline(result: Table) -> Grid:

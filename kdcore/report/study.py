@@ -44,7 +44,8 @@ def tree_panels(result: Table) -> list[tuple[str, int, Panel]]:
     said = "; ".join(_said(nodes, i) for i in range(len(nodes)))
     note = (
         "Test accuracy of each model, mean and standard deviation if it has several seeds. An arrow is a distillation, "
-        f"with the mean {unit(result['stages'][-1])} at which it stopped. The chosen chain is bold."
+        f"with the mean {unit(result['stages'][-1])} at which it stopped: (1/3) if it did in one stage of three. The "
+        "chosen chain is bold."
     )
     if any(chain.controllers != controllers for chain in whole(result)):
         note += f" Drawn are the chains {'with ' + ' + '.join(controllers) if controllers else 'without controllers'}."
@@ -165,7 +166,17 @@ def _panel(name: str, one: Compared, limits: tuple[float, float], last: float) -
     title = f"{one.title}: " + ", ".join(f"{percent(v.final)} {v.name}" for v in one.variants)
     said = "; ".join(_curve(v, one.unit) for v in one.variants)
     svg = figures.averages(name, f"Monitor accuracy, {one.title}: {said}", one.variants, limits, last, one.unit)
-    return Panel(title, Markup(svg), tuple(v.series for v in one.variants))
+    return Panel(title, Markup(svg), tuple(v.series for v in one.variants), _ended(one))
+
+
+def _ended(one: Compared) -> str:
+    """In how many of the stages distillation stopped, and where: a line is drawn for those alone."""
+    said = [
+        f"in {len(v.stops)} of {v.stages} stages {v.name}, at {one.unit} {', '.join(map(place, sorted(v.stops)))}"
+        for v in one.variants
+        if v.stops
+    ]
+    return f"Distillation stopped {'; '.join(said)}." if said else "Distillation never stopped."
 
 
 def _curve(one: Variant, axis: str) -> str:
@@ -177,12 +188,16 @@ def _curve(one: Variant, axis: str) -> str:
 def convergence(found: Iterable[Compared]) -> Grid:
     """How soon each step of distillation comes near its end, and when it stopped."""
     rows = [
-        (one.title, f"{one.ratio:.3g}\u00a0×", v.name, str(v.stages), place(v.converged), _share(v))
+        (one.title, f"{one.ratio:.3g}\u00a0×", v.name, str(v.stages), _converged(v, one.unit), _share(v))
         for one in found
         for v in one.variants
     ]
-    heads = ("Step", "Teacher / learner", "Variant", "Stages", "Near its end at", "Stopped after")
+    heads = ("Step", "Teacher / learner", "Variant", "Stages", "Near its end at", "Stopped after, of its length")
     return grid("Convergence of each step of distillation", heads, "text num text num num num", rows)
+
+
+def _converged(one: Variant, unit: str) -> str:
+    return NONE if one.converged is None else f"{unit}\u00a0{place(one.converged)}"
 
 
 def _share(one: Variant) -> str:

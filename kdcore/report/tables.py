@@ -32,7 +32,7 @@ def _weight(choice: Table) -> str:
     margin, error = number(choice["margin"]), number(choice["error"])
     if margin is None or error is None:
         return NONE
-    return "a tie" if margin == 0 else "within noise" if abs(margin) < error else "above noise"
+    return "a tie" if margin == 0 else "within noise" if abs(margin) <= error else "above noise"
 
 
 def replicates(result: Table) -> Grid:
@@ -86,7 +86,8 @@ def costs_by_role(result: Table) -> Grid:
          "Passes over the images that a learner was trained on after the stop: of its teacher, and of a control in "
          "the same stage. Time is at the seconds an image that each took before."),
         (f"Saved by sharing {found.stages_shared} stages", found.sharing,
-         "What chains would cost if each trained all its models, and each stage its own control, less these stages."),
+         "What chains would cost if each trained all its models, and each stage its own control to the end, less "
+         "these stages."),
     ]  # fmt: skip
     rows = [(name, scaled(work.flops) if work.flops else NONE, seconds(work.seconds), how)
             for name, work, how in works if work != Work()]  # fmt: skip
@@ -97,10 +98,20 @@ def costs_by_role(result: Table) -> Grid:
 def _ratios(found: Costs) -> Iterator[tuple[str, str, str, str]]:
     if found.overhead is not None:
         how = "Stages with controllers and their controls, over the same stages without controls and without stops."
-        yield "With controllers", _times(found.overhead), NONE, how
+        yield "Overhead of controllers", _times(found.overhead), NONE, how
     if found.clock is not None:
-        how = "Time of these chains' distilled stages and controls, over that of the same chains without controllers."
-        yield "With controllers, by the clock", NONE, _times(found.clock), how
+        how = (
+            "Time of these chains' distilled stages and controls, over that of the same chains without controllers, "
+            "which share their stages too."
+        )
+        yield "The same by the clock", NONE, _times(found.clock), how
+    if found.plain_alone.flops and found.plain_alone.seconds:
+        flops, time = found.guided.flops / found.plain_alone.flops, found.guided.seconds / found.plain_alone.seconds
+        how = (
+            "The chains with controllers, their first teachers and controls, each stage once, over the same chains "
+            "without controllers if each trained all its models."
+        )
+        yield "Sharing, against chain by chain", _times(flops), _times(time), how
 
 
 def _times(ratio: float) -> str:
