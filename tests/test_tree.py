@@ -376,6 +376,7 @@ def test_a_search_shows_its_chains_and_the_table_that_compares_them(tiny, cli, t
     again = cli(*command)
     assert again.out.count(", reused\n") == 2
     assert sum(" reused " in line for line in again.out.splitlines()) == len(tree)
+    assert cli("resume", *tmp_path.glob("runs/tiny-*")).out.count(", reused\n") == 2
 
 
 def test_a_recipe_without_a_search_is_refused_with_what_to_write(tiny, cli):

@@ -129,7 +129,10 @@ def resume(
     strict_plugins: StrictPlugins = False,
 ) -> None:
     """Go on with a run from its folder."""
+    from ..recipe import load
+    from .console import RunConsole
     from .drive import drive
+    from .treeconsole import TreeConsole, is_search
 
     saved = _saved(folder)
     if any(OWN in plugin for plugin in saved.plugins):
@@ -141,9 +144,10 @@ def resume(
         os.chdir(saved.cwd)  # what the recipe's paths are relative to
     host = load_host(blocked, files, strict_plugins)
     with host.blaming():
+        show = TreeConsole if is_search(load(saved.recipe).strategy.name) else RunConsole
         drive(
             saved.recipe, [], host, jobs or saved.jobs, folder.parent, saved.store, files, blocked,
-            strict, allow_plugin_change, folder, saved.threads,
+            strict, allow_plugin_change, folder, saved.threads, show,
         )  # fmt: skip
 
 

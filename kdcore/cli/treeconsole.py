@@ -27,10 +27,15 @@ KINDS = {"asked", "stage_started", "tick", "log", "decision", "stage_finished", 
 ASCII = str.maketrans({"±": "+-", "├": "|", "└": "`", "─": "-", "│": "|"})
 
 
+def is_search(strategy: str) -> bool:
+    """True for the strategy that grows a tree of chains."""
+    return strategy.rpartition("/")[2] == "search"
+
+
 def check_searches(recipe: Path, sets: Sequence[str]) -> None:
     """Refuses a recipe that names another strategy."""
     name = load(recipe, sets).strategy.name
-    if name.rpartition("/")[2] != "search":
+    if not is_search(name):
         fix = 'Write [strategy] and below it name = "search" and candidates = [...], or use kdcore run.'
         raise RecipeError(f"{name!r} grows no tree of chains", where="strategy.name", fix=fix)
 
