@@ -182,19 +182,25 @@ class Run:
         self.stages |= {self.keys.of(stage): stage for stage in wanted}
         if wanted:
             self.handle({"kind": "asked", "stages": [asked(self, self.keys.of(stage)) for stage in wanted]})
-        missing = []
-        for stage in wanted:
-            stored = self.store.result(self.keys.of(stage))
-            if stored is None:
-                missing.append(stage)
-            else:
-                key = self.keys.of(stage)
-                self._accept(key, {**check_stored(stored, key), "reused": True})
+        missing = [stage for stage in wanted if not self._reuse(self.keys.of(stage))]
+        if len(missing) < len(wanted):
+            self._record_curves()  # once: a long search may find everything there
         if missing:
             jobs = [self.keys.job(stage) for stage in missing]
             with closing(self.executor.execute(jobs, self.handle)) as finished:  # type: ignore[type-var]
                 for key, result in finished:
                     self._accept(key, {"reused": False, **result})
+                    self._record_curves()
+
+    def _reuse(self, key: str) -> bool:
+        """Takes the result from the store, if it is there."""
+        stored = self.store.result(key)
+        if stored is not None:
+            self._accept(key, {**check_stored(stored, key), "reused": True})
+        return stored is not None
+
+    def _record_curves(self) -> None:
+        self.record.curves((s.name, self.results[key]) for key, s in self.stages.items() if key in self.results)
 
     @cached_property
     def executor(self) -> Executor:
@@ -217,7 +223,6 @@ class Run:
         else:
             result = {**result, "seconds": before[-1]["seconds"]}  # what decided the first time decides again
         self.results[key] = {**result, **placed(self, key)}
-        self.record.curves((s.name, self.results[key]) for key, s in self.stages.items() if key in self.results)
         self.handle({"kind": "stage_finished", "key": key, "name": self.stages[key].name, "result": self.results[key]})
         if result["reused"]:
             for text in result["warnings"]:
