@@ -6,6 +6,7 @@ without training. A stage refers to the results of other stages by holding them,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -293,8 +294,10 @@ class Choice:
 
     @property
     def is_noise(self) -> bool:
-        """The margin is within its standard error."""
-        return self.margin is not None and self.error is not None and abs(self.margin) <= self.error
+        """The margin is within its standard error, or is that but for last digits."""
+        if self.margin is None or self.error is None:
+            return False
+        return abs(self.margin) <= self.error or math.isclose(abs(self.margin), self.error)
 
 
 @dataclass(frozen=True)
