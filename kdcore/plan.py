@@ -350,17 +350,18 @@ class TickView:
 
 def labels_alone(view: TickView, member: str, reason: str, weight: float = 1.0) -> list[Decision]:
     """Decisions that end a member's distillation: every term with a source goes to weight 0, its first label term to
-    ``weight``, the others in proportion. The sources then no longer run.
+    ``weight``, the others in proportion. The sources then no longer run. None where all that is so already: of two
+    rules in a stage, the one that stops first has said it.
     """
     knobs = {knob: value for knob, value in view.knobs.items() if knob.startswith(f"{member}.")}
     terms = {knob.removesuffix(".source"): value for knob, value in knobs.items() if knob.endswith(".source")}
     labels = [term for term, source in terms.items() if source is None]
     first = float(knobs[f"{labels[0]}.weight"]) if labels else 0.0
-    found: list[Decision] = [Set(f"{term}.weight", 0.0, reason) for term in terms if term not in labels]
+    found = [Set(f"{term}.weight", 0.0, reason) for term in terms if term not in labels]
     for term in labels:
         own = float(knobs[f"{term}.weight"])
         found.append(Set(f"{term}.weight", weight * own / first if first else weight, reason))
-    return found
+    return [*found] if any(view.knobs[decision.knob] != decision.value for decision in found) else []
 
 
 BASE_METRICS = frozenset({"accuracy", "loss", "grad_norm", "grad_cosine"})
