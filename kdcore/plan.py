@@ -283,8 +283,8 @@ class Choice:
     Args:
         text: what was decided, e.g. "10-4-2 instead of 10-2".
         best: the student to deliver if the run ended now.
-        margin: how much better the chosen one is, a difference of shares of the monitor split; None if unknown.
-        error: standard error of the margin; None if unknown.
+        margin: how much better the chosen one is, a difference of shares of the monitor split; None or NaN if unknown.
+        error: standard error of the margin; None or NaN if unknown.
     """
 
     text: str

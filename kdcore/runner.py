@@ -96,8 +96,8 @@ class Run:
             self.handle({"kind": "warning", "text": text})
         with self.ending, self._delivering_best():
             outcome = self._drive()
-            asked = (outcome.student, outcome.teacher)
-            self._obtain([ref.stage for ref in asked if ref is not None and isinstance(ref.stage, Stage)])
+            named = [outcome.student, outcome.teacher, *(ref for refs in outcome.replicates.values() for ref in refs)]
+            self._obtain([ref.stage for ref in named if ref is not None and isinstance(ref.stage, Stage)])
         result = summarise(self, outcome, time.perf_counter() - started)
         self._deliver(outcome, result)
         self.host.emit("kdcore_run_finished", run=self.info, outcome=result)
@@ -136,13 +136,12 @@ class Run:
 
     def _choose(self, choice: Choice) -> None:
         """Shows and journals what the strategy decided; a replay decides it again."""
-        number = len(self.choices)
-        text = {"text": choice.text, "margin": choice.margin, "error": choice.error}
-        record = {"kind": "choice", "number": number, **text}
+        number, told = len(self.choices), chosen(self, choice)
+        record = {"kind": "choice", "number": number, **{name: told[name] for name in ("text", "margin", "error")}}
         if last(self.journal, "choice", number) != record:
             self.journal.append(record)
         self.choices.append(choice)
-        self.handle({"kind": "choice", **chosen(self, choice)})
+        self.handle({"kind": "choice", **told})
 
     @contextmanager
     def _delivering_best(self) -> Iterator[None]:

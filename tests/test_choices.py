@@ -68,6 +68,30 @@ def test_replicates_are_reported_with_their_seeds(tmp_path):
     assert direct[0]["stage"] != direct[1]["stage"]
 
 
+def lazy(root):
+    """A run by a strategy that has nothing to compare, and asks for a replicate only by its outcome."""
+    body = """
+        yield first
+        yield kdcore.Choice("no accuracy", first["teacher"], float("nan"), float("nan"))
+        student = run.distilled(kinds[1], first["teacher"])
+        refs = (student["student"],)
+        return kdcore.Outcome(first["teacher"], replicates={"teacher": (first["teacher"],), "student": refs})
+"""
+    file = root / f"{root.name}.py"
+    file.write_text(CHOOSER[: CHOOSER.index("        yield first")] + body.lstrip("\n"))
+    return make_run(root, recipe={**RECIPE, "strategy": "chooser"}, host=load_plugins(files=[str(file)]))
+
+
+def test_a_margin_that_is_not_a_number_is_unknown(tmp_path):
+    (choice,) = lazy(tmp_path).execute()["choices"]
+    assert (choice["margin"], choice["error"], choice["is_noise"]) == (None, None, False)
+
+
+def test_a_replicate_that_nobody_asked_for_is_trained(tmp_path):
+    (student,) = lazy(tmp_path).execute()["replicates"]["student"]
+    assert student["model"] == "mlp-1"
+
+
 def test_seconds_decide_as_they_did_the_first_time(tmp_path):
     """A result that was lost and is trained again takes another time; the strategy sees the journal's."""
     first = chooser(tmp_path)
