@@ -10,8 +10,9 @@ import sys
 import pytest
 from small import RECIPE, die_at_step_30, file_hash, make_run, weights
 
-from kdcore.errors import Interrupted
+from kdcore.errors import Interrupted, StorageError
 from kdcore.plugins import load_plugins
+from kdcore.stored import check_stored
 
 CHOOSER = """
 import dataclasses
@@ -90,6 +91,18 @@ def test_a_margin_that_is_not_a_number_is_unknown(tmp_path):
 def test_a_replicate_that_nobody_asked_for_is_trained(tmp_path):
     (student,) = lazy(tmp_path).execute()["replicates"]["student"]
     assert student["model"] == "mlp-1"
+
+
+@pytest.mark.parametrize("bits", ["", "AAAA", "no base64"])
+def test_a_stored_result_whose_right_images_are_not_whole_is_refused(tmp_path, bits):
+    """Anybody can seal a result; what is missing would count as wrong, and decide."""
+    make_run(tmp_path).execute()
+    (path,) = [p for p in tmp_path.glob("store/results/*/result.json") if '"student"' in p.read_text()]
+    result = json.loads(path.read_text())
+    assert check_stored(result, result["key"])
+    result["members"]["student"]["monitor_correct"] = bits
+    with pytest.raises(StorageError, match=r"members\.student: .*monitor_correct"):
+        check_stored(result, result["key"])
 
 
 def test_seconds_decide_as_they_did_the_first_time(tmp_path):
