@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from small import RECIPE, die_at_step_30, file_hash, make_run, weights
@@ -144,6 +145,12 @@ check(__import__("pathlib").Path({str(recipe)!r}), [], load_plugins(files=[{str(
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_seconds_of_members_hold_the_clipping_of_their_gradients(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda parameters, norm: time.sleep(0.01))
+    stage = make_run(tmp_path, sets=["train.clip=0.1", "train.epochs=1"]).execute()["stages"][1]
+    assert stage["member_seconds"]["student"] > 0.01 * stage["steps"]
 
 
 def test_the_seconds_of_members_are_those_of_their_work_and_survive_a_kill(tmp_path):
