@@ -7,13 +7,17 @@ import shutil
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import pytest
+import torch
 from small import RECIPE, die_at_step_30, file_hash, make_run, weights
 
 from kdcore.errors import Interrupted, StorageError
 from kdcore.plugins import load_plugins
 from kdcore.stored import check_stored
+from kdcore.training.member import Learner
+from kdcore.training.stopwatch import Stopwatch
 
 CHOOSER = """
 import dataclasses
@@ -145,6 +149,43 @@ check(__import__("pathlib").Path({str(recipe)!r}), [], load_plugins(files=[{str(
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class FakeEvent:
+    """Notes the stream that it is recorded in; its time is the number of events before it, in seconds."""
+
+    made: ClassVar[list[FakeEvent]] = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self, stream=None):
+        self.stream, self.time = stream, len(self.made)
+        self.made.append(self)
+
+    def synchronize(self):
+        assert self is self.made[-1]
+
+    def elapsed_time(self, other):
+        return 1000 * (other.time - self.time)
+
+
+def test_on_cuda_seconds_are_those_of_the_stages_own_device(monkeypatch):
+    """Which may be cuda:1, while events are recorded in cuda:0's stream unless another is named."""
+    monkeypatch.setattr(FakeEvent, "made", [])
+    monkeypatch.setattr("torch.cuda.Event", FakeEvent)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device=None: f"stream of {device}")
+    watch, (one, two) = Stopwatch(torch.device("cuda:1")), (Learner(name, None, None) for name in ("one", "two"))
+    for learner in (one, two, one):
+        with watch.of(learner):
+            pass
+    with pytest.raises(KeyError), watch.of(two):
+        raise KeyError
+    assert one.seconds == 0
+    watch.settle()
+    watch.settle()
+    assert (one.seconds, two.seconds) == (2, 2)
+    assert {event.stream for event in FakeEvent.made} == {"stream of cuda:1"}
 
 
 def test_the_seconds_of_members_hold_the_clipping_of_their_gradients(tmp_path, monkeypatch):
