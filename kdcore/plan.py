@@ -6,6 +6,7 @@ without training. A stage refers to the results of other stages by holding them,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -282,8 +283,8 @@ class Choice:
     Args:
         text: what was decided, e.g. "10-4-2 instead of 10-2".
         best: the student to deliver if the run ended now.
-        margin: how much better the chosen one is, a difference of shares of the monitor split; None if unknown.
-        error: standard error of the margin; None if unknown.
+        margin: how much better the chosen one is, a difference of shares of the monitor split; None or NaN if unknown.
+        error: standard error of the margin; None or NaN if unknown.
     """
 
     text: str
@@ -293,8 +294,10 @@ class Choice:
 
     @property
     def is_noise(self) -> bool:
-        """The margin is within its standard error."""
-        return self.margin is not None and self.error is not None and abs(self.margin) <= self.error
+        """The margin is within its standard error, or is that but for last digits."""
+        if self.margin is None or self.error is None:
+            return False
+        return abs(self.margin) <= self.error or math.isclose(abs(self.margin), self.error)
 
 
 @dataclass(frozen=True)
@@ -347,17 +350,18 @@ class TickView:
 
 def labels_alone(view: TickView, member: str, reason: str, weight: float = 1.0) -> list[Decision]:
     """Decisions that end a member's distillation: every term with a source goes to weight 0, its first label term to
-    ``weight``, the others in proportion. The sources then no longer run.
+    ``weight``, the others in proportion. The sources then no longer run. None where all that is so already: of two
+    rules in a stage, the one that stops first has said it.
     """
     knobs = {knob: value for knob, value in view.knobs.items() if knob.startswith(f"{member}.")}
     terms = {knob.removesuffix(".source"): value for knob, value in knobs.items() if knob.endswith(".source")}
     labels = [term for term, source in terms.items() if source is None]
     first = float(knobs[f"{labels[0]}.weight"]) if labels else 0.0
-    found: list[Decision] = [Set(f"{term}.weight", 0.0, reason) for term in terms if term not in labels]
+    found = [Set(f"{term}.weight", 0.0, reason) for term in terms if term not in labels]
     for term in labels:
         own = float(knobs[f"{term}.weight"])
         found.append(Set(f"{term}.weight", weight * own / first if first else weight, reason))
-    return found
+    return [*found] if any(view.knobs[decision.knob] != decision.value for decision in found) else []
 
 
 BASE_METRICS = frozenset({"accuracy", "loss", "grad_norm", "grad_cosine"})

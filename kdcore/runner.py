@@ -16,29 +16,22 @@ from typing import Any, Protocol
 from . import NUMERICS, __version__
 from .card import check_images
 from .codec import canonical, digest, encode
-from .errors import Interrupted, PlanError, PluginError, PreflightError, StorageError
+from .errors import Interrupted, PlanError, PluginError, PreflightError
 from .executor import Context, DataCache, Executor
 from .files import replace_file
 from .generators import kept
 from .job import Event, Settings
-from .journal import FIX, Journal
 from .keys import Keys, in_order
 from .measure import Measure
 from .plan import Choice, Json, Outcome, Result, ResultRef, Spec, Stage
 from .plugins import PluginHost
 from .recipe import Recipe, compile_recipe
 from .record import Record
+from .replay import first_binding, last, open_journal
 from .store import Store
 from .stored import check_stored
 from .strategy import check_outcome, check_stages, start, view_result
 from .summary import asked, chosen, placed, summarise
-
-REPLAYED = {
-    "run": {"plugins", "code"},
-    "ask": {"number", "names", "plan", "keys"},
-    "result": {"key", "curves", "seconds"},
-    "choice": {"text"},
-}
 
 
 class Console(Protocol):
@@ -61,6 +54,7 @@ class Run:
         context: data, catalog and the stop flag of this process.
         allow_plugin_change: go on although other plugins are loaded than when the run began.
         warnings: what the result and the report must say beside the stages' own warnings.
+        binding: index of the first journal record whose asks the strategy must repeat.
     """
 
     recipe: Recipe
@@ -75,7 +69,7 @@ class Run:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     stages: dict[str, Stage] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list)
-    diverged: bool = False
+    binding: int = 0
     ending: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -92,7 +86,8 @@ class Run:
     def execute(self) -> dict[str, Any]:
         """Runs the strategy to its outcome; returns the content of result.json."""
         started = time.perf_counter()
-        self.journal = _open_journal(self.folder / "journal.jsonl")
+        self.journal = open_journal(self.folder / "journal.jsonl")
+        self.binding = first_binding(self.journal.records)
         self._check_given()
         self._record_run()
         self.record.begin()
@@ -101,8 +96,8 @@ class Run:
             self.handle({"kind": "warning", "text": text})
         with self.ending, self._delivering_best():
             outcome = self._drive()
-            asked = (outcome.student, outcome.teacher)
-            self._obtain([ref.stage for ref in asked if ref is not None and isinstance(ref.stage, Stage)])
+            named = [outcome.student, outcome.teacher, *(ref for refs in outcome.replicates.values() for ref in refs)]
+            self._obtain([ref.stage for ref in named if ref is not None and isinstance(ref.stage, Stage)])
         result = summarise(self, outcome, time.perf_counter() - started)
         self._deliver(outcome, result)
         self.host.emit("kdcore_run_finished", run=self.info, outcome=result)
@@ -141,12 +136,12 @@ class Run:
 
     def _choose(self, choice: Choice) -> None:
         """Shows and journals what the strategy decided; a replay decides it again."""
-        text = {"text": choice.text, "margin": choice.margin, "error": choice.error}
-        before = list(self.journal.of("choice"))[len(self.choices) : len(self.choices) + 1]
-        if [record["text"] for record in before] != [choice.text]:
-            self.journal.append({"kind": "choice", **text})
+        number, told = len(self.choices), chosen(self, choice)
+        record = {"kind": "choice", "number": number, **{name: told[name] for name in ("text", "margin", "error")}}
+        if last(self.journal, "choice", number) != record:
+            self.journal.append(record)
         self.choices.append(choice)
-        self.handle({"kind": "choice", **chosen(self, choice)})
+        self.handle({"kind": "choice", **told})
 
     @contextmanager
     def _delivering_best(self) -> Iterator[None]:
@@ -163,35 +158,48 @@ class Run:
         """Compares what the strategy asks for with what it asked for before a kill."""
         now = {"plan": [s.identity for s in stages], "keys": [self.keys.of(s) for s in stages]}
         names = [stage.name for stage in stages]
-        before = next((r for r in reversed(self.journal.records) if r["kind"] == "ask" and r["number"] == number), None)
-        if before is not None and before["plan"] != now["plan"] and not self.diverged:
+        before = last(self.journal, "ask", number)
+        binding = self.journal.records[self.binding :]
+        if before is not None and before in binding and before["plan"] != now["plan"]:
             raise PlanError(
                 f"step {number + 1} was {before['names']}, now it is {names}",
                 where=f"strategy {self.strategy.name!r}",
                 fix="plan() must depend on options and results alone: no clock, no random numbers, no set order.",
             )
         if before is None or before["keys"] != now["keys"]:
-            self.diverged = self.diverged or before is not None  # code or data changed: later steps may differ
+            if before is not None:
+                self._unbind()  # code or data changed
             self.journal.append({"kind": "ask", "number": number, "names": names, **now})
+
+    def _unbind(self) -> None:
+        """What was asked for so far binds no longer: from here on the strategy may ask for something else."""
+        self.binding = len(self.journal.records)
 
     def _obtain(self, stages: list[Stage]) -> None:
         """Brings the results of the stages, and of all that they need, from the store or from training."""
         wanted = [s for s in in_order(stages, self.keys) if self.keys.of(s) not in self.results]
         self.stages |= {self.keys.of(stage): stage for stage in wanted}
-        self.handle({"kind": "asked", "stages": [asked(self, self.keys.of(stage)) for stage in wanted]})
-        missing = []
-        for stage in wanted:
-            stored = self.store.result(self.keys.of(stage))
-            if stored is None:
-                missing.append(stage)
-            else:
-                key = self.keys.of(stage)
-                self._accept(key, {**check_stored(stored, key), "reused": True})
+        if wanted:
+            self.handle({"kind": "asked", "stages": [asked(self, self.keys.of(stage)) for stage in wanted]})
+        missing = [stage for stage in wanted if not self._reuse(self.keys.of(stage))]
+        if len(missing) < len(wanted):
+            self._record_curves()  # once: a long search may find everything there
         if missing:
             jobs = [self.keys.job(stage) for stage in missing]
             with closing(self.executor.execute(jobs, self.handle)) as finished:  # type: ignore[type-var]
                 for key, result in finished:
                     self._accept(key, {"reused": False, **result})
+                    self._record_curves()
+
+    def _reuse(self, key: str) -> bool:
+        """Takes the result from the store, if it is there."""
+        stored = self.store.result(key)
+        if stored is not None:
+            self._accept(key, {**check_stored(stored, key), "reused": True})
+        return stored is not None
+
+    def _record_curves(self) -> None:
+        self.record.curves((s.name, self.results[key]) for key, s in self.stages.items() if key in self.results)
 
     @cached_property
     def executor(self) -> Executor:
@@ -206,7 +214,7 @@ class Run:
         summary = digest({name: member["curve"] for name, member in result["members"].items()})
         before = [r for r in self.journal.of("result") if r["key"] == key]
         if before and before[-1]["curves"] != summary:
-            self.diverged = True  # the store lost it and another machine trained it again
+            self._unbind()  # the store lost it and another machine trained it again
         if not before or before[-1]["curves"] != summary:
             record = {"kind": "result", "key": key, "name": self.stages[key].name, "curves": summary}
             cost = {"seconds": result["seconds"], "flops": sum(result["flops"].values()), "reused": result["reused"]}
@@ -214,7 +222,6 @@ class Run:
         else:
             result = {**result, "seconds": before[-1]["seconds"]}  # what decided the first time decides again
         self.results[key] = {**result, **placed(self, key)}
-        self.record.curves((s.name, self.results[key]) for key, s in self.stages.items() if key in self.results)
         self.handle({"kind": "stage_finished", "key": key, "name": self.stages[key].name, "result": self.results[key]})
         if result["reused"]:
             for text in result["warnings"]:
@@ -284,7 +291,7 @@ class Run:
                 fix="Load the same ones, or give --allow-plugin-change.",
             )
         if not previous or (previous[-1]["plugins"], previous[-1]["code"]) != (plugins, code):
-            self.diverged = bool(previous)  # an edited strategy may ask for something else
+            self._unbind()  # the strategy may have been edited
             self.journal.append({"kind": "run", "plugins": plugins, "code": code, "kdcore": __version__})
         replace_file(self.folder / "run.json", pretty({**self._saved(), "plugins": plugins}))
         self.store.register(self.folder)
@@ -322,15 +329,6 @@ class Run:
         assert isinstance(ref.stage, Stage)
         weights = self.store.weights(self.keys.of(ref.stage), ref.member).read_bytes()
         replace_file(self.folder / "student.safetensors", weights)
-
-
-def _open_journal(path: Path) -> Journal:
-    """The journal of a run, with the fields that a replay reads."""
-    journal = Journal(path)
-    for record in journal.records:
-        if missing := REPLAYED.get(record["kind"], set()) - record.keys():
-            raise StorageError(f"a record {record['kind']!r} without {min(missing)!r}", where=str(path), fix=FIX)
-    return journal
 
 
 def pretty(data: Json) -> bytes:

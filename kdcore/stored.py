@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError, model_validator
 
 from .errors import StorageError
 from .options import Field, Plain
@@ -31,6 +32,16 @@ class StoredMember(Plain):
     monitor_correct: str
     monitor_images: int = Field(ge=0)
     curve: list[dict[str, float]]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        try:
+            found = len(base64.b64decode(self.monitor_correct, validate=True))
+        except ValueError as error:
+            raise ValueError(f"monitor_correct: {error}") from None
+        if found != -(-self.monitor_images // 8):
+            raise ValueError(f"monitor_correct has {found} bytes for {self.monitor_images} images")
+        return self
 
 
 class Stored(Plain):

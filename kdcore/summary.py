@@ -97,8 +97,12 @@ def _member(run: Run, ref: ResultRef | None) -> dict[str, Any] | None:
 
 def chosen(run: Run, choice: Choice) -> dict[str, Any]:
     """A choice as its event and result.json have it; ``best`` is the student to deliver if the run ended there."""
-    text = {"text": choice.text, "margin": choice.margin, "error": choice.error, "is_noise": choice.is_noise}
-    return {**text, "best": _link(run, choice.best)}
+    numbers = {"margin": _known(choice.margin), "error": _known(choice.error)}
+    return {"text": choice.text, **numbers, "is_noise": choice.is_noise, "best": _link(run, choice.best)}
+
+
+def _known(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _replicate(run: Run, ref: ResultRef) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from kdcore.archive import INDEX
 from kdcore.codec import canonical
 from kdcore.errors import StorageError
-from kdcore.folders import verify
+from kdcore.folders import FORMAT, verify
 from kdcore.store import Store
 from kdcore.testing.faults import damage, failing_disk
 
@@ -63,7 +63,7 @@ def test_pack_and_unpack_give_the_same_results(store, packed, tmp_path):
 def test_unpack_takes_every_result_or_none(store, packed, tmp_path):
     damage(store.root / "results" / THIRD / "teacher.safetensors", random.Random(0))
     with tarfile.open(packed, "w") as tar:
-        add(tar, INDEX, canonical({"format": 1, "keys": [KEY, THIRD]}).encode())
+        add(tar, INDEX, canonical({"format": FORMAT, "keys": [KEY, THIRD]}).encode())
         for key in (KEY, THIRD):
             tar.add(store.root / "results" / key, arcname=key)
     refuses(Store(tmp_path / "other"), packed, "not a whole pack: the content is not what was written")
@@ -134,8 +134,8 @@ def test_a_file_that_is_no_pack_is_refused(tmp_path):
 
 def test_a_pack_of_a_newer_format_says_so(tmp_path):
     with tarfile.open(tmp_path / "new.tar", "w") as tar:
-        add(tar, INDEX, b'{"format": 2, "keys": []}')
-    refuses(Store(tmp_path / "other"), tmp_path / "new.tar", "format 2, this kdcore reads 1")
+        add(tar, INDEX, canonical({"format": FORMAT + 1, "keys": []}).encode())
+    refuses(Store(tmp_path / "other"), tmp_path / "new.tar", f"format {FORMAT + 1}, this kdcore reads {FORMAT}")
 
 
 def test_a_damaged_result_is_not_packed(store, packed, tmp_path):

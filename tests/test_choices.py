@@ -6,12 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from typing import ClassVar
 
 import pytest
+import torch
 from small import RECIPE, die_at_step_30, file_hash, make_run, weights
 
-from kdcore.errors import Interrupted
+from kdcore.errors import Interrupted, StorageError
 from kdcore.plugins import load_plugins
+from kdcore.stored import check_stored
+from kdcore.training.member import Learner
+from kdcore.training.stopwatch import Stopwatch
 
 CHOOSER = """
 import dataclasses
@@ -68,6 +74,42 @@ def test_replicates_are_reported_with_their_seeds(tmp_path):
     assert direct[0]["stage"] != direct[1]["stage"]
 
 
+def lazy(root):
+    """A run by a strategy that has nothing to compare, and asks for a replicate only by its outcome."""
+    body = """
+        yield first
+        yield kdcore.Choice("no accuracy", first["teacher"], float("nan"), float("nan"))
+        student = run.distilled(kinds[1], first["teacher"])
+        refs = (student["student"],)
+        return kdcore.Outcome(first["teacher"], replicates={"teacher": (first["teacher"],), "student": refs})
+"""
+    file = root / f"{root.name}.py"
+    file.write_text(CHOOSER[: CHOOSER.index("        yield first")] + body.lstrip("\n"))
+    return make_run(root, recipe={**RECIPE, "strategy": "chooser"}, host=load_plugins(files=[str(file)]))
+
+
+def test_a_margin_that_is_not_a_number_is_unknown(tmp_path):
+    (choice,) = lazy(tmp_path).execute()["choices"]
+    assert (choice["margin"], choice["error"], choice["is_noise"]) == (None, None, False)
+
+
+def test_a_replicate_that_nobody_asked_for_is_trained(tmp_path):
+    (student,) = lazy(tmp_path).execute()["replicates"]["student"]
+    assert student["model"] == "mlp-1"
+
+
+@pytest.mark.parametrize("bits", ["", "AAAA", "no base64"])
+def test_a_stored_result_whose_right_images_are_not_whole_is_refused(tmp_path, bits):
+    """Anybody can seal a result; what is missing would count as wrong, and decide."""
+    make_run(tmp_path).execute()
+    (path,) = [p for p in tmp_path.glob("store/results/*/result.json") if '"student"' in p.read_text()]
+    result = json.loads(path.read_text())
+    assert check_stored(result, result["key"])
+    result["members"]["student"]["monitor_correct"] = bits
+    with pytest.raises(StorageError, match=r"members\.student: .*monitor_correct"):
+        check_stored(result, result["key"])
+
+
 def test_seconds_decide_as_they_did_the_first_time(tmp_path):
     """A result that was lost and is trained again takes another time; the strategy sees the journal's."""
     first = chooser(tmp_path)
@@ -107,6 +149,49 @@ check(__import__("pathlib").Path({str(recipe)!r}), [], load_plugins(files=[{str(
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class FakeEvent:
+    """Notes the stream that it is recorded in; its time is the number of events before it, in seconds."""
+
+    made: ClassVar[list[FakeEvent]] = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self, stream=None):
+        self.stream, self.time = stream, len(self.made)
+        self.made.append(self)
+
+    def synchronize(self):
+        assert self is self.made[-1]
+
+    def elapsed_time(self, other):
+        return 1000 * (other.time - self.time)
+
+
+def test_on_cuda_seconds_are_those_of_the_stages_own_device(monkeypatch):
+    """Which may be cuda:1, while events are recorded in cuda:0's stream unless another is named."""
+    monkeypatch.setattr(FakeEvent, "made", [])
+    monkeypatch.setattr("torch.cuda.Event", FakeEvent)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device=None: f"stream of {device}")
+    watch, (one, two) = Stopwatch(torch.device("cuda:1")), (Learner(name, None, None) for name in ("one", "two"))
+    for learner in (one, two, one):
+        with watch.of(learner):
+            pass
+    with pytest.raises(KeyError), watch.of(two):
+        raise KeyError
+    assert one.seconds == 0
+    watch.settle()
+    watch.settle()
+    assert (one.seconds, two.seconds) == (2, 2)
+    assert {event.stream for event in FakeEvent.made} == {"stream of cuda:1"}
+
+
+def test_the_seconds_of_members_hold_the_clipping_of_their_gradients(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda parameters, norm: time.sleep(0.01))
+    stage = make_run(tmp_path, sets=["train.clip=0.1", "train.epochs=1"]).execute()["stages"][1]
+    assert stage["member_seconds"]["student"] > 0.01 * stage["steps"]
 
 
 def test_the_seconds_of_members_are_those_of_their_work_and_survive_a_kill(tmp_path):

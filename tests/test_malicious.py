@@ -388,7 +388,8 @@ def test_a_pack_without_an_end_is_refused(attack, ground, kind):
 
 
 @pytest.mark.parametrize(
-    "index", [b"", DEEP, b"[]", b"{}", b"null", pickle.dumps(1), b'{"format": 1, "keys": [[1]]}', b'{"format": NaN}'],
+    "index", [b"", DEEP, b"[]", b"{}", b"null", pickle.dumps(1), b'{"format": %d, "keys": [[1]]}' % FORMAT,
+              b'{"format": NaN}'],
     ids=lambda text: text[:9],
 )  # fmt: skip
 def test_a_pack_with_an_odd_index_is_refused(attack, ground, index):

@@ -171,6 +171,14 @@ def test_curves_csv_is_every_value_of_every_curve(whole):
     assert {"accuracy", "loss", "lr", "train.loss", "train.kd"} <= {row["metric"] for row in rows}
 
 
+def test_what_is_reused_is_written_to_curves_csv_at_once(whole):
+    """Not once a stage: a long search that is taken up again would spend minutes on it."""
+    again, written = make_run(whole[0].folder.parent, sets=SETS, name="again"), []
+    again.record.curves = lambda results: written.append(len(list(results)))
+    result = again.execute()
+    assert written == [len(result["stages"])] == [2]
+
+
 def test_the_same_run_gives_the_same_curves_csv_resumed_or_reused(whole, tmp_path):
     expected = (whole[0].folder / "curves.csv").read_bytes()
     killed = make_run(tmp_path, sets=SETS)

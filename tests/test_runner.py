@@ -251,6 +251,58 @@ def test_an_edited_strategy_is_no_failed_replay(tmp_path):
     assert starts(run) == ["mlp-1 on labels", "mlp-2 on labels"]
 
 
+SERIES = """
+from pathlib import Path
+import kdcore
+
+VERSION = NUMBER
+
+@kdcore.hookimpl
+def kdcore_register(registry):
+    registry.strategy("series", Series)
+
+class Series:
+    Options = kdcore.Options
+
+    def plan(self, run, options):
+        for size in Path(__file__).with_suffix(".txt").read_text().split():
+            stage = run.label_only("teacher", run.model({"model": "mlp", "size": int(size), "width": 8}))
+            yield stage
+            yield kdcore.Choice(f"{size} is trained", stage["teacher"])
+        return kdcore.Outcome(stage["teacher"])
+"""
+
+
+def series(root, version, sizes, killed=""):
+    """A run of the strategy's code ``version``, which asks for these sizes and dies at ``killed``."""
+    (root / "series.py").write_text(SERIES.replace("NUMBER", str(version)))
+    (root / "series.txt").write_text(sizes)
+    run = make_run(root, recipe={**RECIPE, "strategy": "series"}, host=load_plugins(files=[root / "series.py"]))
+    handle = run.console.handle
+
+    def die(event):
+        handle(event)
+        if event["kind"] == "asked" and event["stages"][0]["members"]["teacher"]["model"] == killed:
+            raise KeyboardInterrupt
+
+    run.console.handle = die
+    return run
+
+
+def test_a_strategy_that_was_edited_and_then_killed_goes_on_as_edited(tmp_path):
+    """What its first version asked for binds nobody, wherever the second one is killed; what that asked for does."""
+    series(tmp_path, 1, "1 2 3 6").execute()
+    for killed in ("mlp-2", "mlp-4", "mlp-5"):  # the first of these both versions ask for
+        with pytest.raises(KeyboardInterrupt):
+            series(tmp_path, 2, "1 2 4 5", killed).execute()
+    for _ in range(2):
+        run = series(tmp_path, 2, "1 2 4 5")
+        assert [choice["text"] for choice in run.execute()["choices"]] == [f"{n} is trained" for n in (1, 2, 4, 5)]
+    assert [record["text"][0] for record in run.journal.of("choice")] == [*"123645"]
+    with pytest.raises(PlanError, match=r"step 4 was \['mlp-5 on labels'\], now it is \['mlp-6 on labels'\]"):
+        series(tmp_path, 2, "1 2 4 6").execute()
+
+
 METRIC = """
 import kdcore
 import torch

@@ -231,6 +231,15 @@ def test_a_margin_within_one_standard_error_is_marked_as_noise():
     assert found.texts[1] == "10-4-2 instead of 10-2: +1.00 points"
 
 
+def test_a_margin_of_exactly_one_standard_error_is_noise():
+    """As it is whenever one of two seeds makes no difference; both are sums of floats, which differ in last digits."""
+    worth = {((10, 4, 2), 0): images(18, 59)}
+    found = drive(lambda stage: worth.get((path_of(stage), stage.seed), images(17, 59)), candidates=(4,), seeds=2)
+    choice = found.choices[1]
+    assert choice.margin == pytest.approx(choice.error)
+    assert choice.is_noise
+
+
 def test_over_seeds_the_error_knows_their_spread():
     right = {(10, 2): (50, 60), (10, 4, 2): (70, 55)}
     found = drive(lambda stage: images(right.get(path_of(stage), (0, 0))[stage.seed]), candidates=(4,), seeds=2)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from scripted import by_path, drive, dskd_view, images, path_of, view
+from kdcore_search import Search
+from kdcore_search.study import Study
+from scripted import by_path, drive, dskd_view, images, path_of, table, view
 
-from kdcore import ModelCost, RecipeError
+from kdcore import ModelCost, RecipeError, Spec
+from kdcore.cli.drive import planned
 
 RISING = {(10, 2): 0.5, (10, 4, 2): 0.6, (10, 6, 2): 0.61, (10, 8, 2): 0.55, (10, 8, 6, 2): 0.7}
 
@@ -154,3 +157,23 @@ def test_every_model_is_named_before_the_first_is_measured():
 
     drive({}, run=view(model=lambda table: named.append(table) or model(table), measure=measure))
     assert len(named) == 3
+
+
+# ---------------------------------------------------------------- large searches
+
+
+def test_what_pruning_compares_grows_with_the_chains_not_with_their_square(monkeypatch):
+    calls, worth = [], Study.worth
+    monkeypatch.setattr(Study, "worth", lambda study, chain: calls.append(chain) or worth(study, chain))
+    often = {}
+    for number in (4, 7):
+        calls.clear()
+        drive({}, candidates=range(3, 3 + number), run=view(20), mode="exhaustive", prune=2.0)
+        often[number] = len(calls) / 2**number
+    assert often[7] < 3 * often[4]
+
+
+def test_a_search_of_a_thousand_stages_can_be_planned():
+    options = Search.Options(candidates=[*map(table, range(3, 12))], mode="exhaustive")
+    stages = planned(Search().plan(view(20), options), Spec("search"), lambda stage: 1)
+    assert len(stages) == 2**10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,14 @@ def test_a_stop_leaves_labels_alone_and_says_why(name: str):
         (stop,) = filter(None, decisions(make(name, label_weight=label_weight, **options), script.views()))
         wanted = {**FACTORS, "student.cross_entropy.weight": label_weight}
         assert stop == [Set(knob, value, reason) for knob, value in wanted.items()]
+
+
+@pytest.mark.parametrize("name", STOPPING)
+def test_where_another_rule_stopped_before_there_is_nothing_to_decide(name: str):
+    """Its events would say a second time, and of a later epoch, that distillation ended."""
+    options, script, _ = STOPPING[name]
+    stopped = replace(script, knobs=tuple({**KNOBS, **FACTORS}.items()))
+    assert not any(decisions(make(name, **options), stopped.views()))
 
 
 def test_dskd_drops_a_control_beside_the_student():

@@ -13,7 +13,7 @@ import pytest
 from small import make_run, weights
 
 from kdcore.errors import Interrupted, StorageError
-from kdcore.folders import MANIFEST, DamagedError, FormatError, _seal, commit, verify
+from kdcore.folders import FORMAT, MANIFEST, DamagedError, FormatError, _seal, commit, verify
 from kdcore.plugins import load_plugins
 from kdcore.store import Store
 from kdcore.testing.faults import damage, failing_disk
@@ -182,8 +182,11 @@ def test_an_unknown_file_is_found(store):
         verify(store.root / "results" / KEY)
 
 
+NEWER = FORMAT + 1
+
+
 def make_newer(path: Path) -> None:
-    body = {**json.loads(path.read_bytes()), "format": 2, "compression": "zstd"}
+    body = {**json.loads(path.read_bytes()), "format": NEWER, "compression": "zstd"}
     del body["sha256"]
     path.write_text(json.dumps({**body, "sha256": _seal(body)}))
 
@@ -207,7 +210,7 @@ def test_a_checkpoint_of_a_newer_format_is_not_used_and_is_replaced(store):
     folder = store.save_checkpoint(KEY, 1, FILES)
     make_newer(folder / MANIFEST)
     assert store.checkpoint(KEY) is None
-    assert "format 2" in store.warnings[0]
+    assert f"format {NEWER}" in store.warnings[0]
     store.save_checkpoint(KEY, 1, FILES)
     assert store.checkpoint(KEY) == folder
 
@@ -216,10 +219,10 @@ def test_a_newer_format_says_so_and_stays(store):
     store.save_result(KEY, RESULT)
     path = store.root / "results" / KEY / MANIFEST
     make_newer(path)
-    with pytest.raises(FormatError, match=r"format 2, this kdcore reads 1.*update"):
+    with pytest.raises(FormatError, match=rf"format {NEWER}, this kdcore reads {FORMAT}.*update"):
         verify(path.parent)
     assert store.result(KEY) is None
-    assert "format 2" in store.warnings[0]
+    assert f"format {NEWER}" in store.warnings[0]
     assert path.is_file()
 
 

@@ -29,7 +29,7 @@ from ..stored import check_stored
 from ..strategy import check_outcome, check_stages, start
 from .console import RunConsole
 
-LONGEST_PLAN = 1000
+LONGEST_PLAN = 10_000
 
 
 class Saved(Plain):
@@ -179,7 +179,7 @@ def planned(plan: Plan, strategy: Spec, cost: Callable[[Stage], int]) -> list[St
         stages += asked
         flat = [_flat(stage, cost(stage)) for stage in asked]
         answer = flat if isinstance(wanted, list) else flat[0]
-    raise PlanError(f"more than {LONGEST_PLAN} stages", where=f"strategy {strategy.name!r}")
+    raise PlanError(f"more than {LONGEST_PLAN:,} stages", where=f"strategy {strategy.name!r}")
 
 
 def _flat(stage: Stage, flops: int) -> Result:

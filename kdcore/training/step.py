@@ -112,12 +112,12 @@ class StepContext:
         learner = self._session.learners[name]
         assert learner.optimizer is not None
         spec = learner.spec.optimizer
-        if spec is not None and spec.clip is not None:
-            torch.nn.utils.clip_grad_norm_(learner.parameters, spec.clip)
         scale = self._session.rate(learner)
         for group in learner.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
         with self._session.stopwatch.of(learner):
+            if spec is not None and spec.clip is not None:
+                torch.nn.utils.clip_grad_norm_(learner.parameters, spec.clip)
             learner.optimizer.step()
             if learner.ema is not None:
                 learner.ema.update_parameters(learner.module)

@@ -12,12 +12,12 @@ from .member import Learner
 class Stopwatch:
     """Adds to the seconds of learners. ``with stopwatch.of(learner): ...`` costs about a microsecond.
 
-    On CUDA the work is only begun there: events mark both ends in the stream, and :meth:`settle` reads them at a log
+    On CUDA the work is only begun there: events mark both ends in its stream, and :meth:`settle` reads them at a log
     point, where the device is waited for anyway.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.on_cuda = device.type == "cuda"
+        self.device, self.on_cuda = device, device.type == "cuda"
         self.learner: Learner | None = None
         self.began = 0.0
         self.marked: list[tuple[Learner, torch.cuda.Event, torch.cuda.Event]] = []
@@ -30,14 +30,14 @@ class Stopwatch:
     def __enter__(self) -> None:
         assert self.learner is not None
         if self.on_cuda:
-            self.marked.append((self.learner, _mark(), torch.cuda.Event(enable_timing=True)))  # type: ignore[no-untyped-call]
+            self.marked.append((self.learner, self._mark(_event()), _event()))
         else:
             self.began = time.perf_counter()
 
     def __exit__(self, *error: object) -> None:
         assert self.learner is not None
         if self.on_cuda:
-            self.marked[-1][2].record()
+            self._mark(self.marked[-1][2])
         else:
             self.learner.seconds += time.perf_counter() - self.began
 
@@ -49,8 +49,11 @@ class Stopwatch:
             learner.seconds += began.elapsed_time(ended) / 1000
         self.marked.clear()
 
+    def _mark(self, event: torch.cuda.Event) -> torch.cuda.Event:
+        """Records the event in the stream of the stage's device, which need not be the current one."""
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
-def _mark() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -106,17 +106,18 @@ class Study:
         self.unpaid.append(chain)
 
     def _promising(self, chains: Iterable[Chain]) -> list[Chain]:
-        """Those without an assistant that is known to be too weak."""
-        found: list[Chain] = []
+        """Those without an assistant that is known to be too weak: too far below the best student so far."""
+        if self.options.prune is None or not self.trained:
+            return list(chains)
+        best, found = self.students(max(self.trained, key=self.worth)), list[Chain]()
         for chain in chains:
-            weak = any(self._weak(chain[: i + 1]) for i in range(len(chain)))
+            weak = any(self._weak(chain[: i + 1], best, self.options.prune) for i in range(len(chain)))
             (self.pruned if weak else found).append(chain)
         return found
 
-    def _weak(self, path: Chain) -> bool:
-        """The last assistant of ``path`` is trained, and too far below the best student so far."""
-        if self.options.prune is None or self.chains.stage(path, self.seeds[0]).identity not in self.results:
+    def _weak(self, path: Chain, best: list[kdcore.MemberResult], limit: float) -> bool:
+        """The last assistant of ``path`` is trained, and more than so many standard errors below the best."""
+        if self.chains.stage(path, self.seeds[0]).identity not in self.results:
             return False
-        best = max(self.trained, key=self.worth)
-        found = kdcore.paired_difference(self._learners(path), self.students(best))
-        return found.error is not None and found.mean < -self.options.prune * found.error
+        found = kdcore.paired_difference(self._learners(path), best)
+        return found.error is not None and found.mean < -limit * found.error
