@@ -24,7 +24,10 @@ def test_a_weak_assistant_teaches_nobody():
     assert not {path for path in asked if path[:2] == (10, 6) and len(path) > 2}
     assert not {path for path in asked if path[:3] == (10, 8, 6) and len(path) > 3}
     assert (10, 8, 4, 2) in asked  # 10-8 is below its student, but by less than two standard errors
-    assert "left out, they begin with a weak assistant: 10-6-2" in found.texts
+    weak = "left out, weak assistants: 10-6-2 (10-6 is 45.00 ± 4.97 points below the best student)"
+    assert weak in found.texts
+    alone = found.outcome.evidence["stages_without_sharing"]
+    assert found.outcome.evidence["stages"] < alone == 2 + 3 + 3 + 4 + (1 + 1) + (1 + 1) + (2 + 1) + (2 + 1)
     assert found.outcome.evidence["chains_skipped"] == 4
     assert "4 chains began with a weak assistant." in found.outcome.note
 
@@ -59,7 +62,8 @@ def test_what_does_not_fit_is_said_and_a_later_chain_may_still_fit():
     run = view(estimate=lambda stage: 10**12 * (12 - path_of(stage)[-1]))  # the smaller, the dearer
     found = drive({}, run=run, mode="exhaustive", budget={"tflops": 27.0})
     assert found.students() == [[(10, 2)], [(10, 8, 2)]]
-    assert "left out, they do not fit the budget: 10-4-2, 10-6-2" in found.texts
+    left = "left out, over the budget: 10-4-2 (with it 30 of 27 tflops), 10-6-2 (with it 28 of 27 tflops)"
+    assert left in found.texts
     assert found.outcome.evidence["chains_skipped"] == 6
     assert "6 chains did not fit the budget." in found.outcome.note
 
@@ -119,6 +123,7 @@ def test_a_budget_counts_controls():
             {},
             r"candidates\[1\]: mlp-12 has 12,000 parameters, not between mlp-2 \(2,000\) and mlp-10 \(10,000\)",
         ),
+        ((12,), {}, r"candidates\[0\]: mlp-12 has .* Write a model whose size is between them\.$"),
         ((10,), {}, r"candidates\[0\]: mlp-10 has .* Write a model whose size is between them, or allow_equal = true"),
         ((4, 2), {}, r"candidates\[1\]: mlp-2 has 2,000"),
         ((2, 1), {"allow_equal": True}, r"candidates\[1\]: mlp-1 has .* between them\.$"),

@@ -145,7 +145,7 @@ def test_an_unlimited_budget_is_none(search, controlled):
     rich = drive(worth, run=run(controlled), budget={"stages": 10**6, "seconds": 1e12, "tflops": 1e12}, **options)
     assert rich.identities == plain.identities
     assert rich.texts == plain.texts
-    assert rich.outcome.note == plain.outcome.note
+    assert rich.outcome.note.startswith(plain.outcome.note)
 
 
 @QUICK

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import kdcore
 
@@ -41,10 +41,16 @@ class Ledger:
         """Plans the stages if they fit; else returns the limits that they break, with what would have been spent."""
         estimated = self.budget.seconds is not None or self.budget.tflops is not None
         more = sum(map(self.estimate, stages)) if estimated else 0
-        count, flops, seconds = self.stages + len(stages), self.flops + more, self.seconds + more * self.rate
-        totals = {"stages": count, "tflops": flops / 1e12, "seconds": seconds}
-        limits = {name: getattr(self.budget, name) for name in totals}
-        broken = {name: total for name, total in totals.items() if limits[name] is not None and total > limits[name]}
+        after = replace(
+            self, stages=self.stages + len(stages), flops=self.flops + more, seconds=self.seconds + more * self.rate
+        )
+        broken = {name: total for name, total, limit in after.totals() if total > limit}
         if not broken:
-            self.stages, self.flops, self.seconds = count, flops, seconds
+            self.stages, self.flops, self.seconds = after.stages, after.flops, after.seconds
         return broken
+
+    def totals(self) -> list[tuple[str, float, float]]:
+        """Name, total and limit of everything that is limited."""
+        totals = {"stages": self.stages, "tflops": self.flops / 1e12, "seconds": self.seconds}
+        limits = {name: getattr(self.budget, name) for name in totals}
+        return [(name, total, limits[name]) for name, total in totals.items() if limits[name] is not None]

@@ -43,7 +43,8 @@ def measured(
     for i, (model, size) in enumerate(zip(candidates, own, strict=True)):
         if not (low < size < high or (allow_equal and low <= size <= high)):
             what = f"{model} has {size:,} {unit}, not between {run.student} ({low:,}) and {run.teacher} ({high:,})"
-            fix = "Write a model whose size is between them" + ("." if allow_equal else ", or allow_equal = true.")
+            instead = ", or allow_equal = true" if size in (low, high) else ""
+            fix = f"Write a model whose size is between them{instead}."
             raise kdcore.RecipeError(what, where=f"strategy.candidates[{i}]", fix=fix)
     return low, sorted(zip(own, candidates, strict=True), key=lambda pair: pair[0])
 

@@ -67,9 +67,10 @@ class Chains:
 
     def name(self, chain: Chain) -> str:
         """E.g. ``10-8-2`` or ``cnn-3 > mlp-4 > mlp-2``, from the teacher to the student."""
-        return self._joined((*chain, STUDENT))
+        return self.path_name((*chain, STUDENT))
 
-    def _joined(self, path: Chain) -> str:
+    def path_name(self, path: Chain) -> str:
+        """The same without the student."""
         return self.between.join([self.labels[0], *(self.labels[i + 1] for i in path)])
 
     def stage(self, path: Chain, seed: int, controlled: bool = True) -> kdcore.Stage:
@@ -87,7 +88,7 @@ class Chains:
         stage = view.distilled(self.models[path[-1]], above["student" if path[:-1] else "teacher"])
         about = [f"seed {seed}"] if seed != self.run.seed else []
         about += [] if controlled else ["without controllers"]
-        return dataclasses.replace(stage, name=" ".join([self._joined(path), *(f"({text})" for text in about)]))
+        return dataclasses.replace(stage, name=" ".join([self.path_name(path), *(f"({text})" for text in about)]))
 
 
 def with_inputs(stages: Iterable[kdcore.Stage], known: Container[str]) -> dict[str, kdcore.Stage]:

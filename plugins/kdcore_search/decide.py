@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import kdcore
 
@@ -31,12 +31,26 @@ def between(study: Study, chosen: Chain, other: Chain, how: str, best: Chain) ->
 
 
 def left_out(study: Study, chains: Sequence[Chain], best: Chain) -> Iterable[kdcore.Choice]:
-    """Says which of these chains did not fit the budget, and which were pruned."""
-    for why, group in (("do not fit the budget", study.unpaid), ("begin with a weak assistant", study.pruned)):
-        names = [study.chains.name(chain) for chain in chains if chain in group]
-        if names:
-            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            yield kdcore.Choice(f"left out, they {why}: {', '.join(names[:NAMED])}{more}", delivered(study, best))
+    """Says which of these chains did not fit the budget, and which were pruned, with the numbers."""
+    unpaid = {chain: _over(study, study.unpaid[chain]) for chain in chains if chain in study.unpaid}
+    pruned = {chain: _below(study, *study.pruned[chain]) for chain in chains if chain in study.pruned}
+    for why, group in (("over the budget", unpaid), ("weak assistants", pruned)):
+        told = [f"{study.chains.name(chain)} ({about})" for chain, about in group.items()]
+        if told:
+            more = f" and {len(told) - NAMED} more" if len(told) > NAMED else ""
+            yield kdcore.Choice(f"left out, {why}: {', '.join(told[:NAMED])}{more}", delivered(study, best))
+
+
+def _over(study: Study, broken: Mapping[str, float]) -> str:
+    """E.g. ``with it 14 of 12 stages``."""
+    budget = study.options.budget
+    return "with it " + ", ".join(f"{total:.4g} of {getattr(budget, name):g} {name}" for name, total in broken.items())
+
+
+def _below(study: Study, path: Chain, found: kdcore.Difference) -> str:
+    """E.g. ``10-4 is 2.10 ± 0.52 points below the best student``."""
+    error = 0.0 if found.error is None else 100 * found.error
+    return f"{study.chains.path_name(path)} is {-100 * found.mean:.2f} ± {error:.2f} points below the best student"
 
 
 def next_best(study: Study, best: Chain) -> Chain | None:
@@ -68,11 +82,13 @@ def _refs(study: Study, chain: Chain, controlled: bool = True) -> tuple[kdcore.R
 def _evidence(study: Study) -> dict[str, float]:
     learners = [r for r in study.results.values() if {"student", "teacher"} & r.members.keys()]
     times = len(study.seeds) * (2 if study.options.baseline else 1)
+    alone = times * sum(len(chain) + 2 for chain in study.trained)
+    alone += len(study.seeds) * sum(len(study.prefixes(chain)) + 1 for chain in study.pruned)
     return {
         "chains": len(study.trained),
         "chains_skipped": len(study.unpaid) + len(study.pruned),
         "stages": len(learners),
-        "stages_without_sharing": times * sum(len(chain) + 2 for chain in study.trained),
+        "stages_without_sharing": alone,
         "controls": len(study.results) - len(learners),
     }
 
@@ -90,6 +106,8 @@ def _note(study: Study, best: Chain) -> str:
     for why, group in (("did not fit the budget", study.unpaid), ("began with a weak assistant", study.pruned)):
         if group:
             parts.append(f"{len(group)} {'chain' if len(group) == 1 else 'chains'} {why}.")
+    if spent := study.spent():
+        parts.append(f"Spent: {', '.join(f'{total:.4g} of {limit:g} {name}' for name, total, limit in spent)}.")
     return " ".join(parts)
 
 

@@ -25,16 +25,16 @@ class Study:
         options: of the search.
         results: of all stages so far, by identity.
         trained: chains whose students are trained, in the order in which they were asked for.
-        unpaid: chains that did not fit the budget.
-        pruned: chains that begin with an assistant that is too weak.
+        unpaid: chains that did not fit the budget, with the limits that they would have broken.
+        pruned: chains that begin with an assistant that is too weak, with how it stands to the best student.
     """
 
     chains: Chains
     options: SearchOptions
     results: dict[str, kdcore.Result] = field(default_factory=dict)
     trained: list[Chain] = field(default_factory=list)
-    unpaid: list[Chain] = field(default_factory=list)
-    pruned: list[Chain] = field(default_factory=list)
+    unpaid: dict[Chain, Mapping[str, float]] = field(default_factory=dict)
+    pruned: dict[Chain, tuple[Chain, kdcore.Difference]] = field(default_factory=dict)
 
     # ------------------------------------------------------------ what is known
 
@@ -60,6 +60,10 @@ class Study:
     def _learners(self, path: Chain, controlled: bool = True) -> list[kdcore.MemberResult]:
         stages = [self.chains.stage(path, seed, controlled) for seed in self.seeds]
         return [self.results[stage.identity]["student"] for stage in stages]
+
+    def spent(self) -> list[tuple[str, float, float]]:
+        """Name, total and limit of everything that the budget limits."""
+        return Ledger.after(self.results.values(), self.options.budget, self.chains.run.estimate).totals()
 
     # ------------------------------------------------------------ training
 
@@ -103,7 +107,7 @@ class Study:
             name, needed = next(iter(broken.items()))
             what = f"{getattr(self.options.budget, name)} is less than the direct student takes, {needed:.6g}"
             raise kdcore.RecipeError(what, where=f"strategy.budget.{name}", fix="Write more, or leave it out.")
-        self.unpaid.append(chain)
+        self.unpaid[chain] = broken
 
     def _promising(self, chains: Iterable[Chain]) -> list[Chain]:
         """Those without an assistant that is known to be too weak: too far below the best student so far."""
@@ -111,13 +115,19 @@ class Study:
             return list(chains)
         best, found = self.students(max(self.trained, key=self.worth)), list[Chain]()
         for chain in chains:
-            weak = any(self._weak(chain[: i + 1], best, self.options.prune) for i in range(len(chain)))
-            (self.pruned if weak else found).append(chain)
+            paths = [path for path in self.prefixes(chain) if self._is_weak(path, best, self.options.prune)]
+            if paths:
+                self.pruned[chain] = paths[0], kdcore.paired_difference(self._learners(paths[0]), best)
+            else:
+                found.append(chain)
         return found
 
-    def _weak(self, path: Chain, best: list[kdcore.MemberResult], limit: float) -> bool:
-        """The last assistant of ``path`` is trained, and more than so many standard errors below the best."""
-        if self.chains.stage(path, self.seeds[0]).identity not in self.results:
-            return False
+    def prefixes(self, chain: Chain) -> list[Chain]:
+        """The paths from the teacher to each assistant of the chain that is trained."""
+        paths = (chain[: i + 1] for i in range(len(chain)))
+        return [path for path in paths if self.chains.stage(path, self.seeds[0]).identity in self.results]
+
+    def _is_weak(self, path: Chain, best: list[kdcore.MemberResult], limit: float) -> bool:
+        """The last assistant of ``path`` is more than so many standard errors below the best."""
         found = kdcore.paired_difference(self._learners(path), best)
         return found.error is not None and found.mean < -limit * found.error
