@@ -140,6 +140,22 @@ def test_the_printed_peers_conform() -> None:
     assert [v for v in verdicts(subject) if v.state == "failed"] == []
 
 
+def test_the_printed_choice_conforms_and_is_reported(tmp_path: Path, plugin_file: Callable[..., Path]) -> None:
+    (block,) = (text for text in blocks("python", GUIDE) if "class Worth" in text)
+    hook = "\n@kdcore.hookimpl\ndef kdcore_register(registry):\n    registry.strategy('worth', Worth)\n"
+    host = load_plugins(files=[plugin_file("choosing_size", block + hook)])
+    subject = Subject("strategy", "worth", host.catalog.find("strategy", "worth").target)
+    assert [v for v in verdicts(subject) if v.state == "failed"] == []
+    result = make_run(tmp_path, sets=["strategy=worth"], host=host).execute()
+    (choice,) = result["choices"]
+    name, other = ("mlp-3", "mlp-1") if result["student"]["model"] == "mlp-3" else ("mlp-1", "mlp-3")
+    accuracy = {
+        s["members"]["student"]["model"]: s["members"]["student"]["monitor_accuracy"] for s in result["stages"][1:]
+    }
+    assert choice["text"].startswith(f"{name}, for ")
+    assert choice["margin"] == pytest.approx(accuracy[name] - accuracy[other])
+
+
 def test_the_printed_observer_watches_a_run(tmp_path: Path, plugin_file: Callable[..., Path]) -> None:
     (block,) = (text for text in blocks("python", GUIDE) if "def kdcore_epoch_finished" in text)
     run = make_run(tmp_path, host=load_plugins(files=[plugin_file("watching", block)]))

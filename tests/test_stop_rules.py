@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import RECIPE, die_at_step_30, make_run, weights
+from test_readme import blocks
 
 from kdcore.errors import PlanError
 from kdcore.plan import Decision, Drop, Set, TickView
@@ -370,3 +373,32 @@ def test_a_run_that_dies_before_the_stop_stops_at_the_same_tick_with_the_same_we
         assert again["stages"][-1][part] == result["stages"][-1][part]
     for member in ("student", "control"):
         assert weights(tmp_path, member) == weights(root, member)
+
+
+# ---------------------------------------------------------------- the guide
+
+GUIDE = (Path(__file__).parents[1] / "docs" / "stops.md").read_text()
+
+
+def test_the_guide_has_every_option_with_its_default():
+    printed: dict[str, dict[str, str]] = {}
+    rule = ""
+    for name, option, default in re.findall(r"^\| (`\w+`|all|) ?\| `(\w+)` \| `(.+?)` \|", GUIDE, re.M):
+        rule = name.strip("`") or rule
+        printed.setdefault(rule, {})[option] = default
+    common = printed.pop("all")
+    assert sorted(printed) == sorted(STOPPING)
+    for rule, options in printed.items():
+        fields = CATALOG.find("controller", rule).options_class().model_fields
+        defaults = {
+            name: "1/3" if field.default == 1 / 3 else json.dumps(field.default) for name, field in fields.items()
+        }
+        assert {**options, **common} == defaults
+
+
+def test_the_guides_recipe_ends_distillation_by_one_of_its_rules(tmp_path: Path):
+    result = make_run(tmp_path, recipe=tomllib.loads(*blocks("toml", GUIDE))).execute()
+    events = result["stages"][-1]["events"]
+    assert {e["target"] for e in events} == {"student.kd.weight", "student.cross_entropy.weight"}
+    assert {e["controller"] for e in events} <= {"dskd", "earlystop"}
+    assert events[0]["tick"] <= 6
