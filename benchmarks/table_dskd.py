@@ -23,7 +23,7 @@ from dskd_facts import facts, unlike_store
 from dskd_runs import PARTS, STRONG, Bench, Unit, execute, forecast, units
 from dskd_table import page, pretty
 
-from kdcore.errors import KdError
+from kdcore.errors import KdError, StorageError
 from kdcore.files import replace_file
 from kdcore.store import Store
 
@@ -157,16 +157,23 @@ def _page(bench: Bench, out: Path) -> Path:
 
 def check(bench: Bench, out: Path) -> int:
     """Prints every difference between the table, its runs and their store; 1 if there is one."""
-    content = json.loads(_json(bench, out).read_bytes())
+    content = json.loads(_written(_json(bench, out)))
     runs = {run["name"]: {"part": part, "run": run["run"]} for part, found in content["parts"].items() for run in found}
     again = json.loads(pretty(contents(bench, {"commands": content["commands"], "runs": runs})))
     found = [*unlike(content, again, "table")]
-    if _page(bench, out).read_text(encoding="utf-8") != page(content):
+    if _written(_page(bench, out)).decode() != page(content):
         found.append(f"{_page(bench, out).name} is not what {_json(bench, out).name} gives")
     store = Store(bench.runs / "store")
     found += [text for entry in runs.values() for text in unlike_store(bench.runs / entry["run"], store)]
     print("\n".join(found) or "The table is what its runs and their store say.")
     return 1 if found else 0
+
+
+def _written(path: Path) -> bytes:
+    """The content of one of the table's files."""
+    if not path.is_file():
+        raise StorageError("there is no table to check", where=str(path), fix="Train it: leave out --check.")
+    return path.read_bytes()
 
 
 def unlike(here: Any, there: Any, where: str) -> Iterator[str]:

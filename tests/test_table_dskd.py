@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -308,6 +309,14 @@ def test_no_run_begins_when_the_time_is_up(whole: Whole) -> None:
 def test_check_is_content_with_what_the_runs_say(whole: Whole, capsys: pytest.CaptureFixture[str]) -> None:
     assert whole("--check") == 0
     assert "what its runs and their store say" in capsys.readouterr().out
+
+
+def test_check_without_a_table_says_what_to_do(tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "table_dskd.py", "svhn", "--check", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    expected = f"{tmp_path / 'dskd-svhn.json'}: there is no table to check. Train it: leave out --check."
+    assert done.stderr.strip() == expected
 
 
 def test_check_finds_an_edited_figure(whole: Whole, capsys: pytest.CaptureFixture[str]) -> None:
