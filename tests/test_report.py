@@ -13,6 +13,7 @@ import pytest
 
 from kdcore.errors import StorageError
 from kdcore.report import render, write
+from kdcore.report.page import lede
 
 FIXTURE = Path(__file__).parent / "fixtures" / "result.json"
 FETCHING = {"script", "link", "iframe", "img", "image", "object", "embed", "base", "audio", "video", "source", "form"}
@@ -165,6 +166,18 @@ def test_the_reported_number_follows_the_selection(result):
     page = Page(render(result))
     assert f"mlp-2: {percent(result['student']['test_accuracy_at_best'])} test accuracy" in page.texts
     assert page.row("Test accuracy, best on monitor (reported)")
+
+
+def test_the_headline_says_what_a_difference_is_within_and_the_protocol_says_the_same(result):
+    """Two standard errors of a difference, by hand: 2 sqrt((0.9583 0.0417 + 0.9444 0.0556) / 360) is 0.0321."""
+    text = Page(render(result)).text
+    assert lede(result) in text
+    assert lede(result) == (
+        "On 360 test images the student is 1.39 points above its control (labels alone), "
+        "which is within two standard errors (±3.21), and 2.78 points below its teacher."
+    )
+    assert "One test image is 0.28 points." in text
+    assert "are ±3.21 points from the control and ±2.44 points from the teacher: a smaller one may be chance." in text
 
 
 def test_compression_is_teacher_over_student(result):

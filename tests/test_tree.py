@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -289,6 +290,13 @@ def test_a_terminal_without_unicode_shows_the_tree_too():
     console.file.flush()
     assert b"`-- resnet-2" in console.file.buffer.getvalue()
     assert b"91.00 +- 1.00" in console.file.buffer.getvalue()
+
+
+def test_a_line_for_a_terminal_without_unicode_has_none(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    RunConsole().handle(chosen(LONG, "10-8-2 instead of 10-2", 0.01, 0.002))
+    sys.stdout.flush()
+    assert b"+1.00 +- 0.20" in sys.stdout.buffer.getvalue()
 
 
 @pytest.mark.parametrize(

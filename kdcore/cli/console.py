@@ -16,6 +16,7 @@ from ..job import Event
 from .tree import choice_text
 
 PLAIN_SECONDS = 5.0
+ASCII = str.maketrans({"±": "+-", "├": "|", "└": "`", "─": "-", "│": "|"})
 
 
 class RunConsole:
@@ -58,6 +59,7 @@ class RunConsole:
                 show(event)
 
     def _print(self, text: str, style: str = "") -> None:
+        text = plain(text, self.console.options.ascii_only)
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _warning(self, event: Event) -> None:
@@ -150,6 +152,11 @@ class RunConsole:
                 from .compare import chains_table
 
                 self.console.print(chains_table(result))
+
+
+def plain(text: str, ascii_only: bool) -> str:
+    """The text for a terminal that may know ASCII alone."""
+    return text.translate(ASCII) if ascii_only else text
 
 
 def _metrics(metrics: dict[str, dict[str, float]]) -> str:

@@ -18,13 +18,12 @@ from ..chains import label
 from ..errors import RecipeError
 from ..job import Event
 from ..recipe import load
-from .console import RunConsole
+from .console import RunConsole, plain
 from .tree import Growth, Learner, Node, Tree, spread
 
 CHOICES = 3  # the last ones are shown below a tree that grows
 FEW = 3  # seeds whose stops are shown one by one
 KINDS = {"asked", "stage_started", "tick", "log", "decision", "stage_finished", "choice"}
-ASCII = str.maketrans({"±": "+-", "├": "|", "└": "`", "─": "-", "│": "|"})
 
 
 def is_search(strategy: str) -> bool:
@@ -130,13 +129,13 @@ class TreeView:
         yield _table(tree, options.max_width, options.ascii_only)
         left_out = [f"({hidden} finished models are not shown)"] if hidden else []
         for text in [*left_out, *choices]:
-            yield Text(_plain(text, options.ascii_only))
+            yield Text(plain(text, options.ascii_only))
 
 
 def _table(tree: Tree, width: int, ascii_only: bool) -> RenderableType:
     """One row a model; left out are columns that no model has anything for, and the last ones of a narrow terminal."""
     rows = list(_rows(tree.roots))
-    names = [_plain(guides, ascii_only) + node.chain[-1] + (" on labels" if node.role else "") for guides, node in rows]
+    names = [plain(guides, ascii_only) + node.chain[-1] + (" on labels" if node.role else "") for guides, node in rows]
     columns: dict[str, Callable[[Node], str]] = {
         "state": _state,
         "monitor %": lambda node: _accuracy(node.learners),
@@ -144,7 +143,7 @@ def _table(tree: Tree, width: int, ascii_only: bool) -> RenderableType:
         "over\ncontrol": lambda node: _gain(node.learners),
         f"without\n{', '.join(tree.controllers)}": lambda node: _accuracy(node.without),
     }
-    cells = {head: [_plain(cell(node), ascii_only) for _, node in rows] for head, cell in columns.items()}
+    cells = {head: [plain(cell(node), ascii_only) for _, node in rows] for head, cell in columns.items()}
     cells = {head: column for head, column in cells.items() if any(column)}
     while len(cells) > 1 and _widest(names) + sum(2 + _widest([h, *c]) for h, c in cells.items()) > width:
         cells.popitem()
@@ -215,7 +214,3 @@ def _stopped(learners: Sequence[Learner]) -> str:
     if len(stops) > FEW:
         return f"{statistics.fmean(found):.1f} in {len(found)} of {len(stops)}"
     return ", ".join("-" if stop is None else f"{stop:g}" for stop in stops)
-
-
-def _plain(text: str, ascii_only: bool) -> str:
-    return text.translate(ASCII) if ascii_only else text
