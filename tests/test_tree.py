@@ -132,7 +132,7 @@ def test_a_chain_without_controllers_is_a_number_on_the_same_chains_node():
     tree = grown(asked(*stages), finished(LONG, 0.95), finished(bare_long, 0.9731))
     assert [shape(root) for root in tree.roots] == [["mlp-10", ["mlp-2"], ["mlp-8", ["mlp-2"]]]]
     row = shown(tree).splitlines()[-1].split()
-    assert row == ["└──", "mlp-2", "95.00", "97.31"]
+    assert row == ["└──", "mlp-2", "done", "95.00", "97.31"]
     assert "without" in shown(tree)
 
 
@@ -184,9 +184,17 @@ def test_a_node_says_how_far_its_model_is():
 def test_several_seeds_at_once_are_counted():
     teachers = [labels("mlp-4", seed=seed) for seed in range(3)]
     script = [asked(*teachers), finished(teachers[0], 0.9), *map(started, teachers[1:]), ticked(teachers[1], 2, 0.5)]
-    assert "seed 2/3, epoch 2, 0/10" in shown(grown(*script), width=120)
+    assert "1/3 seeds done, epoch 2, 0/10" in shown(grown(*script), width=120)
     assert "90.00" in shown(grown(*script))
     assert "50.00" not in shown(grown(*script))
+
+
+def test_what_is_done_says_so_until_all_is():
+    teachers = [labels("mlp-4", seed=seed) for seed in range(2)]
+    script = [asked(*teachers, DIRECT), finished(DIRECT, 0.9), finished(teachers[0], 0.9)]
+    teacher, direct = shown(grown(*script)).splitlines()[1:]
+    assert (teacher.split()[:4], direct.split()[:2]) == (["mlp-4", "1/2", "seeds", "done"], ["mlp-2", "done"])
+    assert "done" not in shown(grown(*script, finished(teachers[1], 0.9)))
 
 
 def test_of_many_seeds_the_mean_of_the_stops_is_shown():

@@ -136,8 +136,9 @@ def _table(tree: Tree, width: int, ascii_only: bool) -> RenderableType:
     """One row a model; left out are columns that no model has anything for, and the last ones of a narrow terminal."""
     rows = list(_rows(tree.roots))
     names = [plain(guides, ascii_only) + node.chain[-1] + (" on labels" if node.role else "") for guides, node in rows]
+    ended = "done" if all(node.is_done for _, node in rows) else ""  # of a whole tree it says nothing
     columns: dict[str, Callable[[Node], str]] = {
-        "state": _state,
+        "state": lambda node: _state(node) if _state(node) != ended else "",
         "monitor %": lambda node: _accuracy(node.learners),
         "stopped\nat": lambda node: _stopped(node.learners),
         "over\ncontrol": lambda node: _gain(node.learners),
@@ -181,13 +182,13 @@ def _pruned(nodes: Sequence[Node]) -> tuple[Node, ...]:
 
 
 def _state(node: Node) -> str:
-    """``waiting``, ``epoch 3/30``, ``seed 2/3, epoch 3/30``, ``reused``; of what was trained to its end, nothing."""
+    """``waiting``, ``epoch 3/30``, ``1/2 seeds done, epoch 3/30``, ``done``, ``reused``."""
     if node.is_done:
-        return "reused" if all(learner.state == "reused" for learner in (*node.learners, *node.without)) else ""
+        return "reused" if all(learner.state == "reused" for learner in (*node.learners, *node.without)) else "done"
     learners = node.without if all(learner.is_done for learner in node.learners) else node.learners
     done = sum(learner.is_done for learner in learners)
     running = [learner for learner in learners if learner.state == "running"]
-    seeds = f"seed {done + 1}/{len(learners)}" if len(learners) > 1 and (done or running) else ""
+    seeds = f"{done}/{len(learners)} seeds done" if len(learners) > 1 and (done or running) else ""
     ticks = f"{running[0].unit} {', '.join(str(r.tick) for r in running)}/{running[0].ticks}" if running else ""
     return ", ".join(filter(None, [seeds, ticks])) or "waiting"
 
