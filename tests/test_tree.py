@@ -337,6 +337,25 @@ def test_choices_and_the_best_so_far_are_plain_lines(console, capsys):
     assert lines[2] == "To go on: kdcore resume runs/x"
 
 
+def test_a_stop_of_several_decisions_is_one_line_and_other_decisions_stay_as_they_are(capsys):
+    def decide(found, **row):
+        row = {**OFF, "tick": 25, "epoch": 25.0, "reason": "no gain", **row}
+        return {"kind": "decision", "key": found["key"], "name": found["key"], "event": row}
+
+    both = {"target": "student.cross_entropy.weight", "value": 1.0}
+    script = [decide(DIRECT, value=0.5, tick=9), decide(DIRECT), decide(DIRECT, **both), decide(TEACHER)]
+    with RunConsole() as console:
+        for event in [asked(TEACHER, DIRECT), *script, decide(DIRECT, **both, reason="another")]:
+            console.handle(event)
+    direct, teacher = DIRECT["key"], TEACHER["key"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{direct}: epoch 9: dskd: student.kd.weight = 0.5 (no gain)",
+        f"{direct}: epoch 25: dskd: distillation stopped (no gain)",
+        f"{teacher}: epoch 25: dskd: student.kd.weight = 0.0 (no gain)",  # it learns from nobody
+        f"{direct}: epoch 25: dskd: student.cross_entropy.weight = 1.0 (another)",
+    ]
+
+
 def test_without_a_terminal_a_finished_chain_is_one_line_and_the_tree_comes_last(capsys):
     with TreeConsole() as console:
         script = [asked(TEACHER, CONTROL, DIRECT, BARE, ASSISTANT, LONG), finished(TEACHER, 0.99)]

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..chains import ends_distillation, learners
 from ..job import Event
 from .tree import choice_text
 
@@ -41,6 +42,8 @@ class RunConsole:
         self.tasks: dict[str, TaskID] = {}
         self.speed: dict[str, float] = {}
         self.printed: dict[str, float] = {}
+        self.asked: dict[str, Any] = {}
+        self.stops: set[tuple[Any, ...]] = set()
 
     def __enter__(self) -> RunConsole:
         if self.live:
@@ -99,9 +102,19 @@ class RunConsole:
             self.printed[event["key"]] = time.monotonic()
             self._print(f"{event['name']}: {event['tick']}/{event['ticks']}  {text}")
 
+    def _asked(self, event: Event) -> None:
+        self.asked |= {stage["key"]: stage for stage in event["stages"]}
+
     def _decision(self, event: Event) -> None:
-        row = event["event"]
+        """One line a decision; a stop is often several, of one controller for one reason, and takes one line too."""
+        row, stage = event["event"], self.asked.get(event["key"])
+        cause = event["key"], row["tick"], row["controller"], row["reason"]
+        if cause in self.stops:
+            return
         what = f"{row['target']} = {row['value']}" if row["kind"] == "set" else f"{row['kind']} {row['target']}"
+        if stage is not None and learners(stage) and ends_distillation(stage, row):
+            self.stops.add(cause)
+            what = "distillation stopped"
         self._print(f"{event['name']}: epoch {row['tick']}: {row['controller']}: {what} ({row['reason']})", "cyan")
 
     def _choice(self, event: Event) -> None:
