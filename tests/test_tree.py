@@ -16,6 +16,7 @@ from kdcore.chains import label
 from kdcore.cli.console import RunConsole
 from kdcore.cli.tree import Growth, choice_text
 from kdcore.cli.treeconsole import TreeConsole, TreeView
+from kdcore.report.tables import choices
 
 OFF = {"kind": "set", "target": "student.kd.weight", "value": 0.0, "reason": "", "controller": "dskd"}
 
@@ -304,7 +305,7 @@ def test_a_line_for_a_terminal_without_unicode_has_none(monkeypatch):
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     RunConsole().handle(chosen(LONG, "10-8-2 instead of 10-2", 0.01, 0.002))
     sys.stdout.flush()
-    assert b"+1.00 +- 0.20" in sys.stdout.buffer.getvalue()
+    assert b"+1.00 points +- 0.20" in sys.stdout.buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -320,10 +321,19 @@ def test_a_chain_is_named_by_sizes_where_its_models_are_of_one_family(models, na
     assert label(models) == name
 
 
-def test_a_choice_is_said_with_its_margin_and_whether_that_is_noise():
-    said = [choice_text(chosen(LONG, "10-8-2 instead of 10-2", *numbers)) for numbers in ((0.0012, 0.002), (0.01,), ())]
-    start = "10-8-2 instead of 10-2"
-    assert said == [f"{start}: +0.12 ± 0.20 points, noise", f"{start}: +1.00 points", start]
+@pytest.mark.parametrize("numbers", [(0.0012, 0.002), (0.002, 0.002), (0.021, 0.01), (0.0, 0.0), (0.0, 0.01)])
+def test_a_choice_is_said_with_its_margin_and_weighed_as_in_the_report(numbers):
+    event = chosen(LONG, "10-8-2 instead of 10-2", *numbers)
+    ((*_, weighed),) = choices([event]).rows
+    margin, error = (100 * number for number in numbers)
+    said = f"10-8-2 instead of 10-2: {margin:+.2f} points ± {error:.2f} (one standard error), {weighed}"
+    assert choice_text(event) == said
+    assert weighed in ("within noise", "above noise", "a tie")
+
+
+def test_a_choice_without_an_error_or_a_margin_is_not_weighed():
+    said = [choice_text(chosen(LONG, "10-8-2", *numbers)) for numbers in ((0.01,), ())]
+    assert said == ["10-8-2: +1.00 points", "10-8-2"]
 
 
 @pytest.mark.parametrize("console", [RunConsole, TreeConsole])
@@ -332,7 +342,7 @@ def test_choices_and_the_best_so_far_are_plain_lines(console, capsys):
         shown_by.handle(chosen(LONG, "10-8-2 instead of 10-2", 0.01, 0.002))
         shown_by.handle({"kind": "best_so_far", "text": "10-8-2 instead of 10-2", "folder": "runs/x"})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "10-8-2 instead of 10-2: +1.00 ± 0.20 points"
+    assert lines[0] == "10-8-2 instead of 10-2: +1.00 points ± 0.20 (one standard error), above noise"
     assert lines[1] == "Best so far: 10-8-2 instead of 10-2. Its weights are runs/x/student.safetensors."
     assert lines[2] == "To go on: kdcore resume runs/x"
 

@@ -23,6 +23,14 @@ def signed_points(value: Any) -> str:
     return NONE if share is None else f"{100 * share:+.2f}"
 
 
+def weight(margin: Any, error: Any) -> str:
+    """What the margin of a choice is worth against its standard error; empty where one of them is unknown."""
+    gap, noise = number(margin), number(error)
+    if gap is None or noise is None:
+        return ""
+    return "a tie" if gap == 0 else "within noise" if abs(gap) <= noise else "above noise"
+
+
 def spread(values: Sequence[Any], shown: Callable[[Any], str] = percent) -> str:
     """The mean of a number under several seeds, and their standard deviation: 97.21 % ± 0.12."""
     found = [value for value in map(number, values) if value is not None]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from ..chains import Chain, Table, chains
 from ..costs import Costs, Work, costs
 from .curves import number
-from .formats import NONE, count, scaled, seconds, signed_points, spread
+from .formats import NONE, count, scaled, seconds, signed_points, spread, weight
 from .parts import Grid, grid
 
 STEP = "three forward passes' FLOPs for each image of a step, and the time of that work."
@@ -19,20 +19,13 @@ def choices(found: Iterable[Table]) -> Grid:
     Args:
         found: with text, margin and error; as in result.json, or as lines of metrics.jsonl.
     """
-    rows = [(c["text"], _margin(c), _weight(c)) for c in found]
+    rows = [(c["text"], _margin(c), weight(c["margin"], c["error"]) or NONE) for c in found]
     return grid("Choices between results", ("Choice", "Margin, points", "Weight"), "text num text", rows)
 
 
 def _margin(choice: Table) -> str:
     error = number(choice["error"])
     return signed_points(choice["margin"]) + ("" if error is None else f"\u00a0±\u00a0{100 * error:.2f}")
-
-
-def _weight(choice: Table) -> str:
-    margin, error = number(choice["margin"]), number(choice["error"])
-    if margin is None or error is None:
-        return NONE
-    return "a tie" if margin == 0 else "within noise" if abs(margin) <= error else "above noise"
 
 
 def replicates(result: Table) -> Grid:
