@@ -15,6 +15,7 @@ from scipy import stats
 from kdcore.cli.compare import chains_table
 from kdcore.compare import check_finding, compare
 from kdcore.errors import RecipeError, StorageError
+from kdcore.report.tables import replicates
 
 RECIPE = {
     "seed": 0,
@@ -293,21 +294,38 @@ def test_comparing_imports_no_torch(shell, tmp_path):
     assert not {"torch", "matplotlib"} & {line.rpartition("|")[2].strip() for line in done.err.splitlines()}
 
 
-def test_the_table_of_a_search_measures_against_the_direct_student_under_the_same_controllers():
-    stages = [trained("t0"), trained("bare0", "t0"), trained("direct0", "t0", controllers=["dskd"])]
-    stages += [trained("assistant0", "t0", controllers=["dskd"]), trained("long0", "assistant0", controllers=["dskd"])]
-    stages += [{**stage, "key": stage["key"].replace("0", "1")} for stage in stages]
-    tests = {"long": (0.96, 0.97), "bare": (0.8, 0.8), "direct": (0.95, 0.93)}
-    names = {"long": "4-3-2", "bare": "4-2 without dskd", "direct": "4-2"}
+def test_the_table_of_a_search_measures_each_chain_against_the_direct_student_under_its_controllers():
+    stages = []
+    for seed in (0, 1):
+        for kind, controllers in (("", ["dskd"]), ("bare", [])):
+            own = [trained(f"{kind}direct{seed}", f"t{seed}", controllers=controllers)]
+            own += [trained(f"{kind}assistant{seed}", f"t{seed}", controllers=controllers)]
+            own += [trained(f"{kind}long{seed}", f"{kind}assistant{seed}", controllers=controllers)]
+            stages += [{**stage, "seed": seed} for stage in own]
+        stages.insert(0, trained(f"t{seed}"))
+    tests = {"long": (0.96, 0.97), "baredirect": (0.8, 0.8), "barelong": (0.81, 0.83), "direct": (0.95, 0.93)}
+    names = {"long": "4-3-2", "baredirect": "4-2 without dskd", "barelong": "4-3-2 without dskd", "direct": "4-2"}
+    for stage in stages:  # the last of a chain is smaller than its assistants, which are no direct students
+        accuracy = {key: tests[key[:-1]][int(key[-1])] for key in [stage["key"]] if key[:-1] in tests}
+        model = "mlp-1" if accuracy else "mlp-3"
+        stage["members"]["student"].update(model=model, test_accuracy=accuracy.get(stage["key"]))
+        stage["members"]["teacher"].update(test_accuracy=None)
     rows = {name: [row(f"{key}{s}", tests[key][s], seed=s) for s in (0, 1)] for key, name in names.items()}
+    made = result(stage="long0", replicates=rows, stages=stages)
     console = Console(width=80)
     with console.capture() as shown:
-        console.print(chains_table(result(stage="long0", replicates=rows, stages=stages)))
-    lines = [line.rstrip() for line in shown.get().splitlines()[-4:]]
-    assert lines[0].endswith("over 4-2")
-    assert lines[1] == "4-3-2 (chosen)    2  96.50 ± 0.71  91.00 ± 0.00  +2.50 [-16.56, +21.56]"
-    assert lines[2].startswith("4-2 without dskd")
-    assert lines[3].split() == ["4-2", "2", "94.00", "±", "1.41", "91.00", "±", "0.00"]
+        console.print(chains_table(made))
+    lines = [line.rstrip() for line in shown.get().splitlines()[-6:]]
+    assert lines[0].split() == ["test", "%", "monitor", "%"]
+    assert lines[1].split() == ["chain", "n", *["mean", "±", "sd"] * 2, "over", "direct"]
+    assert lines[2] == "4-3-2 (chosen)      2  96.50 ± 0.71  91.00 ± 0.00  +2.50 [-16.56, +21.56]"
+    assert lines[3].split() == ["4-2", "without", "dskd", "2", "80.00", "±", "0.00", "91.00", "±", "0.00"]
+    assert lines[4] == "4-3-2 without dskd  2  82.00 ± 1.41  91.00 ± 0.00  +2.00 [-10.71, +14.71]"
+    assert lines[5].split() == ["4-2", "2", "94.00", "±", "1.41", "91.00", "±", "0.00"]
+    reported = {learner: above for learner, *_, above in replicates(made).rows}
+    assert reported["4-3-2 (chosen)"].startswith("+2.50")
+    assert reported["4-3-2 without dskd"].startswith("+2.00")
+    assert reported["4-2"] == reported["4-2 without dskd"] == "–"
 
 
 def test_two_recipes_over_three_seeds(tiny, cli, tmp_path):

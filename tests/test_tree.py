@@ -124,6 +124,8 @@ def test_the_seeds_of_a_chain_are_one_node():
     tree = grown(asked(*stages), *(finished(s, accuracies[s["seed"]], stopped=s["seed"] + 4) for s in stages))
     assert [shape(root) for root in tree.roots] == [["mlp-4", ["mlp-2"]]]
     assert "97.00 ± 1.00" in shown(tree)
+    assert shown(tree).splitlines()[1].split() == ["model", "mean", "±", "sd", "at"]
+    assert "±" not in shown(grown(asked(TEACHER), finished(TEACHER, 0.9)))
     assert "4, 5, 6" in shown(tree)
 
 
@@ -193,7 +195,7 @@ def test_several_seeds_at_once_are_counted():
 def test_what_is_done_says_so_until_all_is():
     teachers = [labels("mlp-4", seed=seed) for seed in range(2)]
     script = [asked(*teachers, DIRECT), finished(DIRECT, 0.9), finished(teachers[0], 0.9)]
-    teacher, direct = shown(grown(*script)).splitlines()[1:]
+    teacher, direct = shown(grown(*script)).splitlines()[2:]
     assert (teacher.split()[:4], direct.split()[:2]) == (["mlp-4", "1/2", "seeds", "done"], ["mlp-2", "done"])
     assert "done" not in shown(grown(*script, finished(teachers[1], 0.9)))
 

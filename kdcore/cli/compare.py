@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..chains import chains
+from ..chains import chains, directs
 from ..compare import CONFIDENCE, Comparison, Finding, Gap, Sample, Variant, check_finding, compare, gap, samples_of
 from ..errors import RecipeError
 from ..files import replace_file
@@ -93,7 +93,8 @@ def _cost(variant: Variant) -> str:
 
 
 def _table(found: Comparison) -> Table:
-    table = _columns("", "n", "test %", "monitor %", "TFLOPs", "seconds", "difference to 1")
+    heads = _accuracy_heads(variant.samples for variant in found.variants)
+    table = _columns("", "n", *heads, "TFLOPs", "seconds", "difference to 1")
     for number, (variant, one) in enumerate(zip(found.variants, found.gaps, strict=True), 1):
         name = Text(f"{number} {variant.chain}".strip())
         difference = "" if number == 1 else interval(one)
@@ -118,6 +119,12 @@ def accuracies(samples: Sequence[Sample]) -> tuple[str, str, str]:
     return str(len(samples)), spread([s.test for s in samples]), spread([s.monitor for s in samples])
 
 
+def _accuracy_heads(found: Iterable[Sequence[Sample]]) -> tuple[str, str]:
+    """Heads of the columns of accuracies, which say what stands behind a ± where there is one."""
+    said = "\nmean ± sd" if any(len(samples) > 1 for samples in found) else ""
+    return f"test %{said}", f"monitor %{said}"
+
+
 def interval(found: Gap) -> str:
     """``+0.42 [-0.10, +0.94]`` in points."""
     if found.mean is None:
@@ -136,33 +143,28 @@ def as_json(found: Comparison) -> dict[str, Json]:
 
 
 def chains_table(result: Mapping[str, Any]) -> Table:
-    """The replicates of a run that is just finished, each against the student that has no assistant.
+    """The replicates of a run that is just finished, each against the direct student under the same controllers.
 
     Args:
         result: the content of a result.json with replicates.
     """
     finding = check_finding(result, "result.json")
-    samples = {name: samples_of(rows, finding.run.seed) for name, rows in finding.replicates.items()}
-    direct = _direct(result)
-    heads = [f"over {direct}"] if direct else []
-    kept = WEIGHTS.get(str(finding.protocol["selection"]), "")
-    title = f"Students of {kept}" + (
-        f"; differences in points, {CONFIDENCE:.0%} intervals over seeds" if direct else ""
-    )
-    table = _columns("chain", "n", "test %", "monitor %", *heads, title=title)
-    for i, (name, found) in enumerate(samples.items()):
-        over = "" if name == direct else interval(gap(found, samples[direct])) if direct else ""
-        cells = (*accuracies(found), *([over] if direct else []))
-        table.add_row(Text(name if i else f"{name} (chosen)"), *cells, style="" if i else "bold")
+    named, direct = finding.replicates, directs(chains(result["stages"]))
+    rows = {(row.stage, row.member): row for own in named.values() for row in own}
+    found, others = {}, {}
+    for name, own in named.items():
+        ends = [direct.get((row.stage, row.member)) for row in own]
+        found[name] = samples_of(own, finding.run.seed)
+        others[name] = samples_of([rows[end] for end in ends if end in rows], finding.run.seed)
+    heads = ["over direct"] if any(others.values()) else []
+    table = _columns("chain", "n", *_accuracy_heads(found.values()), *heads, title=_title(finding, bool(heads)))
+    for i, (name, samples) in enumerate(found.items()):
+        over = [interval(gap(samples, others[name])) if others[name] else ""] if heads else []
+        table.add_row(Text(name if i else f"{name} (chosen)"), *accuracies(samples), *over, style="" if i else "bold")
     return table
 
 
-def _direct(result: Mapping[str, Any]) -> str:
-    """Name of the chain from a teacher to its student without assistants, under the chosen one's controllers."""
-    found = {(chain.end.stage, chain.end.member): chain for chain in chains(result["stages"])}
-    best = found.get((result["student"]["stage"], result["student"]["member"]))
-    for name, (first, *_) in result["replicates"].items():
-        chain = found.get((first["stage"], first["member"]))
-        if chain and best and chain.controllers == best.controllers and len(chain.links) == 2:
-            return str(name)
-    return ""
+def _title(finding: Finding, compared: bool) -> str:
+    said = f"Students of {WEIGHTS.get(str(finding.protocol['selection']), '')}"
+    over = f"the direct one under the same controllers, in points with {CONFIDENCE:.0%} intervals over seeds"
+    return f"{said}; differences to {over}" if compared else said

@@ -137,14 +137,17 @@ def _table(tree: Tree, width: int, ascii_only: bool) -> RenderableType:
     rows = list(_rows(tree.roots))
     names = [plain(guides, ascii_only) + node.chain[-1] + (" on labels" if node.role else "") for guides, node in rows]
     ended = "done" if all(node.is_done for _, node in rows) else ""  # of a whole tree it says nothing
+    several = any(len(node.learners) > 1 for _, node in rows)
     columns: dict[str, Callable[[Node], str]] = {
         "state": lambda node: _state(node) if _state(node) != ended else "",
-        "monitor %": lambda node: _accuracy(node.learners),
+        "monitor %" + "\nmean ± sd" * several: lambda node: _accuracy(node.learners),
         "stopped\nat": lambda node: _stopped(node.learners),
         "over\ncontrol": lambda node: _gain(node.learners),
         f"without\n{', '.join(tree.controllers)}": lambda node: _accuracy(node.without),
     }
-    cells = {head: [plain(cell(node), ascii_only) for _, node in rows] for head, cell in columns.items()}
+    cells = {
+        plain(head, ascii_only): [plain(cell(node), ascii_only) for _, node in rows] for head, cell in columns.items()
+    }
     cells = {head: column for head, column in cells.items() if any(column)}
     while len(cells) > 1 and _widest(names) + sum(2 + _widest([h, *c]) for h, c in cells.items()) > width:
         cells.popitem()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ..chains import Chain, Table, chains
+from ..chains import Table, chains, directs
 from ..costs import Costs, Work, costs
 from .curves import number
 from .formats import NONE, count, scaled, seconds, signed_points, spread, weight
@@ -43,24 +43,15 @@ def replicates(result: Table) -> Grid:
 
 
 def _gains(result: Table) -> dict[tuple[str, str], float]:
-    """How much higher the test accuracy of a chain's learner is than that of the same learner of the first teacher."""
-    members = {(s["key"], role): member for s in result["stages"] for role, member in s["members"].items()}
-    accuracies = {
-        chain: value
-        for chain in chains(result["stages"])
-        if (value := number(members[chain.end.stage, chain.end.member]["test_accuracy"])) is not None
+    """How much higher the test accuracy of a chain's learner is than that of the direct one."""
+    tests = {
+        (stage["key"], role): number(member["test_accuracy"])
+        for stage in result["stages"]
+        for role, member in stage["members"].items()
     }
-    direct = {_alike(chain): value for chain, value in accuracies.items() if len(chain.links) == 2}
-    return {
-        (chain.end.stage, chain.end.member): value - direct[_alike(chain)]
-        for chain, value in accuracies.items()
-        if len(chain.links) > 2 and _alike(chain) in direct
-    }
-
-
-def _alike(chain: Chain) -> tuple[str, str, tuple[str, ...], int]:
-    """What a chain shares with the direct one: its ends, controllers and seed."""
-    return chain.models[0], chain.models[-1], chain.controllers, chain.seed
+    found = directs(chains(result["stages"])).items()
+    pairs = ((end, tests[end], tests[direct]) for end, direct in found)
+    return {end: own - other for end, own, other in pairs if own is not None and other is not None}
 
 
 def costs_by_role(result: Table) -> Grid:
