@@ -25,6 +25,7 @@ SCOPE = (
     f"Differences of test accuracies, paired by seed: mean in points and {CONFIDENCE:.0%} interval of Student's t. "
     "The interval is over seeds alone: it does not cover the choice of test images or of the split."
 )
+WIDEST = 10_000  # a terminal in which everything fits
 WEIGHTS = {"last": "the last epoch's weights", "best": "the weights that were best on the monitor split"}
 
 
@@ -58,8 +59,10 @@ def read_finding(folder: Path) -> Finding:
 
 
 def _show(found: Comparison, console: Console) -> None:
-    console.print(_table(found))
-    for text in (*_legend(found), *_unpaired(found.gaps), SCOPE, _cost(found.variants[0])):
+    table, room = _table(found, named=True), console.options.update(width=WIDEST)
+    fits = console.measure(table, options=room).maximum <= console.width
+    console.print(table if fits else _table(found, named=False))
+    for text in (*_legend(found, not fits), *_unpaired(found.gaps), SCOPE, _cost(found.variants[0])):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     for key, values in found.mixed.items():
         said = ", ".join(f"{run} {str(value)[:12]}" for run, value in values.items())
@@ -67,10 +70,21 @@ def _show(found: Comparison, console: Console) -> None:
         console.print(text, style="bold yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def _legend(found: Comparison) -> Iterator[str]:
-    """What the numbers of the variants stand for, and what differs between their recipes."""
+def _legend(found: Comparison, named: bool) -> Iterator[str]:
+    """What the numbers of the variants stand for, and what differs between their recipes.
+
+    Args:
+        found: the variants.
+        named: name the chains, for which the table has no room.
+    """
+    runs = {variant.runs for variant in found.variants}
+    shared = found.variants[0].chain and len(runs) == 1
     for number, variant in enumerate(found.variants, 1):
-        yield f"{number}: {', '.join(filter(None, [variant.chain, *variant.runs]))}"
+        said = [variant.chain if named else "", *(() if shared else variant.runs)]
+        if any(said):
+            yield f"{number}: {', '.join(filter(None, said))}"
+    if shared:
+        yield f"All chains are of {', '.join(found.variants[0].runs)}."
     for key in found.variants[0].settings:
         values = (variant.settings[key] for variant in found.variants)
         yield f"{key}: {' | '.join('not set' if value is None else shown(value) for value in values)}"
@@ -92,11 +106,11 @@ def _cost(variant: Variant) -> str:
     return f"TFLOPs and seconds are those of training, the sum {what}."
 
 
-def _table(found: Comparison) -> Table:
+def _table(found: Comparison, named: bool) -> Table:
     heads = _accuracy_heads(variant.samples for variant in found.variants)
     table = _columns("", "n", *heads, "TFLOPs", "seconds", "difference to 1")
     for number, (variant, one) in enumerate(zip(found.variants, found.gaps, strict=True), 1):
-        name = Text(f"{number} {variant.chain}".strip())
+        name = Text(f"{number} {variant.chain if named else ''}".strip())
         difference = "" if number == 1 else interval(one)
         table.add_row(name, *accuracies(variant.samples), *_costs(variant), difference)
     return table
