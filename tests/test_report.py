@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kdcore.errors import StorageError
-from kdcore.report import render, write
+from kdcore.report import formats, render, write
 from kdcore.report.page import lede
 
 FIXTURE = Path(__file__).parent / "fixtures" / "result.json"
@@ -305,6 +305,18 @@ def test_a_chain_too_long_to_read_across_goes_down(result):
     page = Page(render(result))
     assert next(value for name, value in page.attributes if name == "class" and "card" in value) == "card tall"
     assert page.texts.count("assistant") == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 FLOPs"), (999, "999 FLOPs"), (12_345_678, "12.3 MFLOPs"), (999_600_000, "1 GFLOPs"), (5e12, "5 TFLOPs")],
+)
+def test_operations_have_a_prefix_that_shows_three_digits(value, text):
+    assert formats.flops(value) == text
+
+
+def test_one_is_no_plural():
+    assert [formats.counted(n, "stage") for n in (0, 1, 2, 1000)] == ["0 stages", "1 stage", "2 stages", "1,000 stages"]
 
 
 def test_an_empty_plan_survives(result):

@@ -291,7 +291,7 @@ def test_a_low_terminal_leaves_out_finished_chains_but_not_the_best():
     lines = shown(tree, height=24).splitlines()
     assert len(lines) < 24
     assert [line.split()[-1] for line in lines[1:4]] == ["90.00", "90.00", "0/10"]
-    assert lines[4:] == ["(36 finished models are not shown)", "the direct one"]
+    assert lines[4:] == ["(not shown: 36 finished models)", "the direct one"]
     assert len(shown(tree, height=24, whole=True).splitlines()) == 1 + 1 + 1 + len(others)
 
 
@@ -368,6 +368,13 @@ def test_a_stop_of_several_decisions_is_one_line_and_other_decisions_stay_as_the
     ]
 
 
+def test_a_chain_below_its_control_says_so(capsys):
+    with TreeConsole() as console:
+        for event in [asked(TEACHER, CONTROL, DIRECT), finished(CONTROL, 0.964), finished(DIRECT, 0.95)]:
+            console.handle(event)
+    assert capsys.readouterr().out.startswith("10-2: 95.00 % on the monitor split, 1.40 points below its control\n")
+
+
 def test_without_a_terminal_a_finished_chain_is_one_line_and_the_tree_comes_last(capsys):
     with TreeConsole() as console:
         script = [asked(TEACHER, CONTROL, DIRECT, BARE, ASSISTANT, LONG), finished(TEACHER, 0.99)]
@@ -375,9 +382,9 @@ def test_without_a_terminal_a_finished_chain_is_one_line_and_the_tree_comes_last
         for event in [*script, finished(BARE, 0.94), finished(ASSISTANT, 0.9), finished(LONG, 0.97)]:
             console.handle(event)
     lines = capsys.readouterr().out.splitlines()
-    gain = "points over its control"
-    assert lines[0] == f"10-2: 96.00 % on the monitor split, stopped at 7, +1.00 {gain}, 94.00 % without dskd"
-    assert lines[1] == f"10-8-2: 97.00 % on the monitor split, +2.00 {gain}"
+    gain = "points above its control"
+    assert lines[0] == f"10-2: 96.00 % on the monitor split, stopped at 7, 1.00 {gain}, 94.00 % without dskd"
+    assert lines[1] == f"10-8-2: 97.00 % on the monitor split, 2.00 {gain}"
     assert [line.split()[0] for line in lines[4:]] == ["mlp-10", "├──", "└──", "└──", "mlp-2"]
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..chains import ends_distillation, learners
 from ..job import Event
+from ..report.formats import counted
 from .tree import choice_text
 
 PLAIN_SECONDS = 5.0
@@ -89,7 +90,7 @@ class RunConsole:
             task = self.progress.add_task(event["name"], total=event["ticks"], completed=event["tick"], text=resumed)
             self.tasks[event["key"]] = task
         else:
-            self._print(f"{event['name']}: {event['ticks']} epochs{resumed}")
+            self._print(f"{event['name']}: {counted(event['ticks'], 'epoch')}{resumed}")
 
     def _log(self, event: Event) -> None:
         self.speed[event["key"]] = event["metrics"]["images_per_second"]

@@ -18,6 +18,7 @@ from ..chains import label
 from ..errors import RecipeError
 from ..job import Event
 from ..recipe import load
+from ..report.formats import counted
 from .console import RunConsole, plain
 from .tree import Growth, Learner, Node, Tree, spread
 
@@ -94,11 +95,12 @@ class TreeConsole(RunConsole):
 
 
 def chain_line(node: Node, controllers: Sequence[str]) -> str:
-    """``10-8-2: 97.31 ± 0.12 % on the monitor split, stopped at 7, 9, +0.42 points over its control``."""
+    """``10-8-2: 97.31 ± 0.12 % on the monitor split, stopped at 7, 9, 0.42 points above its control``."""
+    gain = _gain(node.learners)
     facts = {
         "{} % on the monitor split": _accuracy(node.learners),
         "stopped at {}": _stopped(node.learners),
-        "{} points over its control": _gain(node.learners),
+        f"{{}} points {'below' if gain.startswith('-') else 'above'} its control": gain.lstrip("+-"),
         f"{{}} % without {', '.join(controllers)}": _accuracy(node.without),
         "{}": "reused" if _state(node) == "reused" else "",
     }
@@ -127,7 +129,7 @@ class TreeView:
             tree = Tree(_pruned(tree.roots), tree.controllers, tree.choices)
             hidden = _size(self.tree.roots) - _size(tree.roots)
         yield _table(tree, options.max_width, options.ascii_only)
-        left_out = [f"({hidden} finished models are not shown)"] if hidden else []
+        left_out = [f"(not shown: {counted(hidden, 'finished model')})"] if hidden else []
         for text in [*left_out, *choices]:
             yield Text(plain(text, options.ascii_only))
 

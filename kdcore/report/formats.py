@@ -43,6 +43,11 @@ def count(value: Any) -> str:
     return NONE if whole is None else f"{whole:,.0f}"
 
 
+def counted(value: Any, noun: str) -> str:
+    """``1 stage``, ``2 stages``."""
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"
+
+
 def place(value: Any) -> str:
     """An epoch or a step, which a mean over seeds may put between two."""
     at = number(value)
@@ -55,7 +60,14 @@ def scaled(value: Any) -> str:
     if size is None or abs(size) < 1000:
         return count(size)
     power = min(int(math.log10(abs(size)) // 3), 6)
+    power += abs(size) >= 999.5 * 1000**power and power < 6  # three digits of it are the next prefix's 1
     return f"{size / 1000**power:.3g}\u00a0{' kMGTPE'[power]}"
+
+
+def flops(value: Any) -> str:
+    """``12.4 MFLOPs``, for a terminal."""
+    size, _, prefix = scaled(value).partition("\u00a0")
+    return f"{size} {prefix}FLOPs"
 
 
 def seconds(value: Any) -> str:

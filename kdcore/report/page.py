@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ..chains import Table
 from . import figures, study, tables
 from .curves import Series, Stop, member_series, number, places, position, share_series, shown, stops, unit
-from .formats import NONE, count, milliseconds, percent, ratio, scaled, seconds
+from .formats import NONE, count, counted, milliseconds, percent, ratio, scaled, seconds
 from .parts import Grid, Panel, grid
 
 ROLES = ("student", "teacher", "control")
@@ -212,7 +212,7 @@ def _nodes(result: Table) -> list[figures.Node]:
 
 def _stage(result: Table, stage: Table, name: str) -> StageView:
     names = {s["key"]: s["name"] for s in result["stages"]}
-    facts = [f"step {stage['step']}", f"{count(stage['length'])} {unit(stage)}s", f"{count(stage['steps'])} steps"]
+    facts = [f"step {stage['step']}", counted(stage["length"], unit(stage)), counted(stage["steps"], "step")]
     for role, ref in [*stage["inputs"].items(), *stage["uses"].items()]:
         facts.append(f"{role} from “{names.get(ref['stage'], ref['stage'][:12])}”")
     facts += [f"seed {stage['seed']}"] if len({s["seed"] for s in result["stages"]}) > 1 else []

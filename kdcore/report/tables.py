@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from ..chains import Table, chains, directs
 from ..costs import Costs, Work, costs
 from .curves import number
-from .formats import NONE, count, scaled, seconds, signed_points, spread, weight
+from .formats import NONE, count, counted, scaled, seconds, signed_points, spread, weight
 from .parts import Grid, grid
 
 STEP = "three forward passes' FLOPs for each image of a step, and the time of that work."
@@ -57,7 +57,7 @@ def _gains(result: Table) -> dict[tuple[str, str], float]:
 def costs_by_role(result: Table) -> Grid:
     """What all stages cost by what they were for, and what was saved; each with how it was obtained."""
     found = costs(result)
-    skipped = f"; {found.chains_skipped} chains were skipped" if found.chains_skipped else ""
+    skipped = f"; skipped: {counted(found.chains_skipped, 'chain')}" if found.chains_skipped else ""
     works = [
         (f"All stages: {found.trained} trained, {found.reused} reused", found.total,
          f"Sums over the stages, whenever they were trained{skipped}. FLOPs are those of training steps."),
@@ -66,10 +66,10 @@ def costs_by_role(result: Table) -> Grid:
         ("Controls", found.controls, "Training on labels alone of what controllers compare with, each control once."),
         ("Teachers' forward passes", found.teachers, "One for each image while others learned from them."),
         ("Evaluation, data, checkpoints", Work(0, found.rest), "Time of the stages less their members' time in steps."),
-        (f"Saved by stopping, in {found.stages_stopped} stages", found.stopping,
+        (f"Saved by stopping, in {counted(found.stages_stopped, 'stage')}", found.stopping,
          "Passes over the images that a learner was trained on after the stop: of its teacher, and of a control in "
          "the same stage. Time is at the seconds an image that each took before."),
-        (f"Saved by sharing {found.stages_shared} stages", found.sharing,
+        (f"Saved by sharing {counted(found.stages_shared, 'stage')}", found.sharing,
          "What chains would cost if each trained all its models, and each stage its own control to the end, less "
          "these stages."),
     ]  # fmt: skip
@@ -112,7 +112,16 @@ def stages(result: Table) -> Grid:
     new = [number(s["seconds"]) or 0.0 for s in result["stages"] if not s["reused"]]
     all_of_them = sum(number(s["seconds"]) or 0.0 for s in result["stages"])
     rows.append(("All stages, when they were trained", seconds(all_of_them), "", "", "", ""))
-    rows.append(("Trained in this run", seconds(sum(new)), "", "", "", f"{len(new)} of {len(result['stages'])} stages"))
+    rows.append(
+        (
+            "Trained in this run",
+            seconds(sum(new)),
+            "",
+            "",
+            "",
+            f"{len(new)} of {counted(len(result['stages']), 'stage')}",
+        )
+    )
     heads = ("Stage", "Time", "Steps", "Images / s", "FLOPs by member", "Result")
     return grid("Cost of each stage", heads, "text num num num long text", rows)
 
