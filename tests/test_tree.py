@@ -16,6 +16,7 @@ from kdcore.chains import label
 from kdcore.cli.console import RunConsole
 from kdcore.cli.tree import Growth, choice_text
 from kdcore.cli.treeconsole import TreeConsole, TreeView
+from kdcore.errors import Interrupted
 from kdcore.report.tables import choices
 
 OFF = {"kind": "set", "target": "student.kd.weight", "value": 0.0, "reason": "", "controller": "dskd"}
@@ -366,6 +367,25 @@ def test_a_stop_of_several_decisions_is_one_line_and_other_decisions_stay_as_the
         f"{teacher}: epoch 25: dskd: student.kd.weight = 0.0 (no gain)",  # it learns from nobody
         f"{direct}: epoch 25: dskd: student.cross_entropy.weight = 1.0 (another)",
     ]
+
+
+def interrupted(*events):
+    with TreeConsole() as console:
+        for event in [asked(TEACHER, DIRECT), *events]:
+            console.handle(event)
+        raise Interrupted(2)
+
+
+def test_a_search_that_is_interrupted_before_its_first_choice_says_that_it_has_no_student(capsys):
+    best = {"kind": "best_so_far", "text": "10-2", "folder": "runs/x"}
+    for events, is_said in (((), True), ((chosen(DIRECT), best), False)):
+        with pytest.raises(Interrupted, match=r"stopped by Ctrl-C\."):
+            interrupted(*events)
+        out = capsys.readouterr().out
+        assert out.endswith("No student so far: the first chain is not finished.\n") == is_said
+    with TreeConsole():
+        pass
+    assert "No student" not in capsys.readouterr().out
 
 
 def test_a_chain_below_its_control_says_so(capsys):

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..chains import label
-from ..errors import RecipeError
+from ..errors import Interrupted, RecipeError
 from ..job import Event
 from ..recipe import load
 from ..report.formats import counted
@@ -61,6 +61,9 @@ class TreeConsole(RunConsole):
             self._show_whole(self.growth.tree())
         for event in self.last_words:
             super().handle(event)
+        if not self.last_words and any(isinstance(one, Interrupted) for one in error):
+            with suppress(SystemExit):
+                self._print("No student so far: the first chain is not finished.")
 
     def _show_whole(self, tree: Tree) -> None:
         """What stays on the screen; without a terminal, choices were printed as they were made."""
