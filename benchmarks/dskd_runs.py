@@ -155,6 +155,8 @@ def execute(unit: Unit, bench: Bench, deadline: float | None) -> Path | None:
     found = folder(unit, bench, load_plugins())
     if is_finished(found):
         return found
+    if deadline is not None and time.monotonic() >= deadline:
+        return None
     try:
         with _ending(deadline):
             kdcore.run(bench.recipe, sets=unit.sets(bench), root=bench.runs, jobs=bench.jobs)

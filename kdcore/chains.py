@@ -124,6 +124,19 @@ def chosen(result: Table, found: Iterable[Chain]) -> Chain | None:
     return next((chain for chain in found if (chain.end.stage, chain.end.member) == end), None)
 
 
+def directs(found: Sequence[Chain]) -> dict[tuple[str, str], tuple[str, str]]:
+    """Stage and member of every learner with assistants -> those of the direct one: the same model distilled from the
+    same first teacher without assistants, under the same controllers and seed.
+    """
+    heads = {chain: (chain.models[0], chain.models[-1], chain.controllers, chain.seed) for chain in found}
+    direct = {heads[chain]: chain.end for chain in found if len(chain.links) == 2}
+    return {
+        (chain.end.stage, chain.end.member): (end.stage, end.member)
+        for chain in found
+        if len(chain.links) > 2 and (end := direct.get(heads[chain])) is not None
+    }
+
+
 def groups(found: Iterable[Chain]) -> list[Group]:
     """Chains of the same models and controllers, one a seed. Where a seed has several (two objectives, say), the second
     ones are a group of their own, and so on.

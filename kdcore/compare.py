@@ -16,8 +16,8 @@ from .options import Field, Plain
 from .plan import Json
 
 CONFIDENCE = 0.95
-NO_VARIANT = {"seed", "execute"}
-"""Keys of a recipe that make no variant: what is repeated, and where it runs."""
+NO_VARIANT = {"seed", "execute", "data.root"}
+"""Keys of a recipe that make no variant: what is repeated, where it runs, and where that machine has its data."""
 PROTOCOL = ("train_images", "monitor_images", "test_images", "split_seed", "selection")
 """With data.name and the data's fingerprint, what makes numbers comparable: the same images, split and selection."""
 
@@ -154,9 +154,11 @@ def compare(findings: Mapping[str, Finding], chains: bool = False, mix: bool = F
     """
     mixed = protocol_differences(findings)
     if mixed and not mix:
-        said = "; ".join(f"{key} {_by_value(values)}" for key, values in mixed.items())
         fix = "Compare runs of one protocol, or give --mix-protocols."
-        raise RecipeError(f"the runs' protocols differ: {said}", where="kdcore compare", fix=fix)
+        error = RecipeError(f"the runs' protocols differ in {', '.join(mixed)}", where="kdcore compare", fix=fix)
+        for key, values in mixed.items():
+            error.add_note(f"{key}: {_by_value(values)}")
+        raise error
     variants = _variants(findings, chains)
     return Comparison(variants, tuple(gap(variant.samples, variants[0].samples) for variant in variants), mixed)
 
@@ -226,9 +228,8 @@ def _by_value(values: Mapping[str, Json]) -> str:
 def _variants(findings: Mapping[str, Finding], chains: bool) -> tuple[Variant, ...]:
     groups: dict[tuple[str, str], dict[str, Finding]] = {}
     for run, finding in findings.items():
-        science = {key: value for key, value in finding.recipe.items() if key not in NO_VARIANT}
         for chain in _chains(run, finding) if chains else [""]:
-            groups.setdefault((canonical(science), chain), {})[run] = finding
+            groups.setdefault((canonical(_science(finding.recipe)), chain), {})[run] = finding
     settings = _settings([next(iter(group.values())).recipe for group in groups.values()])
     pairs = zip(groups.items(), settings, strict=True)
     return tuple(_variant(chain, group, differing) for ((_, chain), group), differing in pairs)
@@ -270,11 +271,20 @@ def _cost(finding: Finding, wanted: Sequence[str] = ()) -> tuple[float, float]:
     return float(sum(sum(stage.flops.values()) for stage in used)), math.fsum(stage.seconds for stage in used)
 
 
+def _science(recipe: Mapping[str, Json]) -> dict[str, Json]:
+    """The keys and values of a recipe that say what is done."""
+    return {key: value for key, value in _flat(recipe) if not {key, key.split(".")[0]} & NO_VARIANT}
+
+
 def _settings(recipes: Sequence[Mapping[str, Json]]) -> list[dict[str, Json]]:
-    """Of every recipe its values of the keys that are not the same in all."""
-    flat = [dict(_flat(recipe)) for recipe in recipes]
-    keys = [key for key in dict.fromkeys(key for found in flat for key in found) if key.split(".")[0] not in NO_VARIANT]
-    differing = [key for key in keys if len({canonical(found.get(key)) for found in flat}) > 1]
+    """Of every recipe its values of the keys that are not the same in all; a table that is empty in one recipe and not
+    in another is named by its keys alone.
+    """
+    flat = [_science(recipe) for recipe in recipes]
+    keys = list(dict.fromkeys(key for found in flat for key in found))
+    tables = {key.rsplit(".", n)[0] for key in keys for n in range(1, key.count(".") + 1)}
+    named = [key for key in keys if key not in tables or any(found.get(key) not in (None, {}, []) for found in flat)]
+    differing = [key for key in named if len({canonical(found.get(key)) for found in flat}) > 1]
     return [{key: found.get(key) for key in differing} for found in flat]
 
 

@@ -79,7 +79,8 @@ class Interrupted(KdError):  # noqa: N818 - it is no error
     """A signal stopped the run after a checkpoint; the same command goes on from there."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by signal {signal_number}", fix="Run the same command to go on.")
+        name = {2: "Ctrl-C", 15: "SIGTERM"}.get(signal_number, f"signal {signal_number}")
+        super().__init__(f"stopped by {name}", fix="Run the same command to go on.")
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number  # type: ignore[misc]
 

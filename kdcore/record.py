@@ -22,7 +22,7 @@ from .job import Event
 from .locks import lock, lock_file
 
 METRICS, CURVES = "metrics.jsonl", "curves.csv"
-COLUMNS = ("stage", "key", "member", "tick", "epoch", "metric", "value")
+COLUMNS = ("stage", "key", "seed", "member", "tick", "epoch", "metric", "value")
 BLOCK = 65536
 
 
@@ -48,7 +48,7 @@ class Record:
         self._append([{**head, **line} for line in _lines(event)])
 
     def curves(self, results: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-        """Writes curves.csv anew from (stage's name, content of its result.json), unless it says that already."""
+        """Writes curves.csv anew from (stage's name, its entry in result.json), unless it says that already."""
         path, data = self.folder / CURVES, _table(results)
         try:
             if not path.is_file() or path.read_bytes() != data:
@@ -156,7 +156,7 @@ def _table(results: Iterable[tuple[str, Mapping[str, Any]]]) -> bytes:
     for stage, result in results:
         for name, member in sorted(result["members"].items()):  # the store's JSON is sorted, a new result is not
             for row in member["curve"]:
-                where = (stage, result["key"], name, row["tick"], row["epoch"])
+                where = (stage, result["key"], result["seed"], name, row["tick"], row["epoch"])
                 values = [(metric, row[metric]) for metric in sorted(row.keys() - {"tick", "epoch"})]
                 table.writerows((*where, *value) for value in values)
     return out.getvalue().encode(errors="replace")

@@ -212,7 +212,8 @@ def test_plan_prints_stages_and_cost_and_runs_nothing(
     assert done.code == 0
     assert "mlp-2 on labels" in done.out
     assert "mlp-2 -> mlp-1" in done.out
-    assert "to train: " in done.out
+    assert re.findall(r"[\d.]+ MFLOPs", done.out) == ["36.8 MFLOPs", "17.2 MFLOPs", "54 MFLOPs"]
+    assert "to train: 54 MFLOPs (" in done.out
     assert not (tmp_path / "runs").exists()
 
 

@@ -15,6 +15,7 @@ from scipy import stats
 from kdcore.cli.compare import chains_table
 from kdcore.compare import check_finding, compare
 from kdcore.errors import RecipeError, StorageError
+from kdcore.report.tables import replicates
 
 RECIPE = {
     "seed": 0,
@@ -151,6 +152,22 @@ def test_what_differs_between_recipes_is_named_by_the_path_that_set_takes():
     ]
 
 
+def test_a_table_that_only_one_recipe_fills_is_named_by_its_keys_alone():
+    budgets = [{"tflops": 5.0}, {}, None]
+    recipes = [{**RECIPE, "strategy": {"budget": budget} if budget is not None else {}} for budget in budgets]
+    found = compared(*(result(seed, recipe=recipe) for seed, recipe in enumerate(recipes))).variants
+    assert [variant.settings for variant in found] == [{"strategy.budget.tflops": x} for x in (5.0, None, None)]
+    empty = compared(*(result(seed, recipe=recipe) for seed, recipe in enumerate(recipes[1:]))).variants
+    assert [variant.settings for variant in empty] == [{"strategy.budget": x} for x in ({}, None)]
+
+
+def test_where_a_machine_has_its_data_makes_no_variant():
+    here, there = ({**RECIPE, "data": {**RECIPE["data"], "root": root}} for root in ("/here", "/there"))
+    assert len(compared(result(recipe=here), result(1, recipe=there)).variants) == 1
+    other = compared(result(recipe=here), result(1, recipe={**there, "train": {"epochs": 9}})).variants
+    assert [variant.settings for variant in other] == [{"train.epochs": 2}, {"train.epochs": 9}]
+
+
 def test_a_run_with_replicates_counts_as_so_many_seeds():
     rows = {"4-2": [row(f"a{s}", 0.9 + s / 100, seed=s) for s in range(3)], "4-3-2": [row("b", 0.1, seed=0)]}
     (variant,) = compared(result(replicates=rows), result(5, 0.5)).variants
@@ -191,14 +208,16 @@ def test_a_seed_that_is_there_twice_is_refused_unless_it_is_the_same_training():
 )
 def test_runs_of_two_protocols_are_refused_with_what_differs(key, value):
     results = result(), result(1, **{key: value})
-    with pytest.raises(RecipeError, match=rf"{key} {str(PROTOCOL[key])[:12]} \(run0\) \| {str(value)[:12]} \(run1\)"):
+    with pytest.raises(RecipeError, match=f"the runs' protocols differ in {key}. Compare runs of one") as refused:
         compared(*results)
+    assert refused.value.__notes__ == [f"{key}: {str(PROTOCOL[key])[:12]} (run0) | {str(value)[:12]} (run1)"]
     assert compared(*results, mix=True).mixed == {key: {"run0": PROTOCOL[key], "run1": value}}
 
 
 def test_another_data_set_is_another_protocol():
-    with pytest.raises(RecipeError, match=r"data.name digits \(run0\) \| mnist \(run1\)"):
+    with pytest.raises(RecipeError, match=r"protocols differ in data\.name") as refused:
         compared(result(), result(recipe={**RECIPE, "data": {"name": "mnist"}}))
+    assert refused.value.__notes__ == ["data.name: digits (run0) | mnist (run1)"]
 
 
 def test_training_that_differs_is_what_is_compared():
@@ -272,7 +291,9 @@ def test_the_tables_say_what_was_compared_and_how(cli, tmp_path):
     folders = [write(tmp_path / f"r{i}", {**r, "run": {**r["run"], "finished": "2026"}}) for i, r in enumerate(results)]
     refused = cli("compare", *folders)
     assert (refused.code, refused.out) == (2, "")
-    assert "kdcore compare: the runs' protocols differ: test_images 360" in refused.err
+    first, second = refused.err.splitlines()
+    assert first.startswith("kdcore: RecipeError: kdcore compare: the runs' protocols differ in test_images. Compare")
+    assert second.startswith("  test_images: 360 (")
     done = cli("compare", *folders, "--mix-protocols", "--json", "found.json")
     assert done.code == 0, done.err
     assert "+4.50 [-1.85, +10.85]" in done.out
@@ -286,6 +307,22 @@ def test_the_tables_say_what_was_compared_and_how(cli, tmp_path):
     assert "seeds alone" in found["interval"]
 
 
+@pytest.mark.parametrize("width", [80, 160])
+def test_chains_are_named_once_in_the_table_or_below_it(cli, tmp_path, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = {f"10-8-6-4-{i} without dskd": [row(f"{i}{s}", 0.9 + s / 100, seed=s) for s in (0, 1)] for i in range(3)}
+    made = finished(0, 0.9, replicates=rows, stages=[trained(f"{i}{s}") for i in range(3) for s in (0, 1)])
+    done = cli("compare", write(tmp_path / "a", made), "--chains")
+    assert done.code == 0, done.err
+    head, *lines = done.out.splitlines()[1:]
+    assert head.split()[0] == "n"
+    named = [name if width == 160 else "" for name in rows]
+    assert all(lines[i].startswith(f"{i + 1} {name}".strip() + "  ") for i, name in enumerate(named))
+    assert all(done.out.count(name) == 1 for name in rows)
+    assert (f"1: {next(iter(rows))}\n" in done.out) == (width == 80)
+    assert f"All chains are of {tmp_path / 'a'}.\n" in done.out
+
+
 def test_comparing_imports_no_torch(shell, tmp_path):
     folders = [write(tmp_path / f"r{i}", finished(i, 0.9 + i / 100)) for i in range(2)]
     done = shell("-X", "importtime", "-m", "kdcore", "compare", *folders, "--json", "found.json")
@@ -293,21 +330,38 @@ def test_comparing_imports_no_torch(shell, tmp_path):
     assert not {"torch", "matplotlib"} & {line.rpartition("|")[2].strip() for line in done.err.splitlines()}
 
 
-def test_the_table_of_a_search_measures_against_the_direct_student_under_the_same_controllers():
-    stages = [trained("t0"), trained("bare0", "t0"), trained("direct0", "t0", controllers=["dskd"])]
-    stages += [trained("assistant0", "t0", controllers=["dskd"]), trained("long0", "assistant0", controllers=["dskd"])]
-    stages += [{**stage, "key": stage["key"].replace("0", "1")} for stage in stages]
-    tests = {"long": (0.96, 0.97), "bare": (0.8, 0.8), "direct": (0.95, 0.93)}
-    names = {"long": "4-3-2", "bare": "4-2 without dskd", "direct": "4-2"}
+def test_the_table_of_a_search_measures_each_chain_against_the_direct_student_under_its_controllers():
+    stages = []
+    for seed in (0, 1):
+        for kind, controllers in (("", ["dskd"]), ("bare", [])):
+            own = [trained(f"{kind}direct{seed}", f"t{seed}", controllers=controllers)]
+            own += [trained(f"{kind}assistant{seed}", f"t{seed}", controllers=controllers)]
+            own += [trained(f"{kind}long{seed}", f"{kind}assistant{seed}", controllers=controllers)]
+            stages += [{**stage, "seed": seed} for stage in own]
+        stages.insert(0, trained(f"t{seed}"))
+    tests = {"long": (0.96, 0.97), "baredirect": (0.8, 0.8), "barelong": (0.81, 0.83), "direct": (0.95, 0.93)}
+    names = {"long": "4-3-2", "baredirect": "4-2 without dskd", "barelong": "4-3-2 without dskd", "direct": "4-2"}
+    for stage in stages:  # the last of a chain is smaller than its assistants, which are no direct students
+        accuracy = {key: tests[key[:-1]][int(key[-1])] for key in [stage["key"]] if key[:-1] in tests}
+        model = "mlp-1" if accuracy else "mlp-3"
+        stage["members"]["student"].update(model=model, test_accuracy=accuracy.get(stage["key"]))
+        stage["members"]["teacher"].update(test_accuracy=None)
     rows = {name: [row(f"{key}{s}", tests[key][s], seed=s) for s in (0, 1)] for key, name in names.items()}
+    made = result(stage="long0", replicates=rows, stages=stages)
     console = Console(width=80)
     with console.capture() as shown:
-        console.print(chains_table(result(stage="long0", replicates=rows, stages=stages)))
-    lines = [line.rstrip() for line in shown.get().splitlines()[-4:]]
-    assert lines[0].endswith("over 4-2")
-    assert lines[1] == "4-3-2 (chosen)    2  96.50 ± 0.71  91.00 ± 0.00  +2.50 [-16.56, +21.56]"
-    assert lines[2].startswith("4-2 without dskd")
-    assert lines[3].split() == ["4-2", "2", "94.00", "±", "1.41", "91.00", "±", "0.00"]
+        console.print(chains_table(made))
+    lines = [line.rstrip() for line in shown.get().splitlines()[-6:]]
+    assert lines[0].split() == ["test", "%", "monitor", "%"]
+    assert lines[1].split() == ["chain", "n", *["mean", "±", "sd"] * 2, "over", "direct"]
+    assert lines[2] == "4-3-2 (chosen)      2  96.50 ± 0.71  91.00 ± 0.00  +2.50 [-16.56, +21.56]"
+    assert lines[3].split() == ["4-2", "without", "dskd", "2", "80.00", "±", "0.00", "91.00", "±", "0.00"]
+    assert lines[4] == "4-3-2 without dskd  2  82.00 ± 1.41  91.00 ± 0.00  +2.00 [-10.71, +14.71]"
+    assert lines[5].split() == ["4-2", "2", "94.00", "±", "1.41", "91.00", "±", "0.00"]
+    reported = {learner: above for learner, *_, above in replicates(made).rows}
+    assert reported["4-3-2 (chosen)"].startswith("+2.50")
+    assert reported["4-3-2 without dskd"].startswith("+2.00")
+    assert reported["4-2"] == reported["4-2 without dskd"] == "–"
 
 
 def test_two_recipes_over_three_seeds(tiny, cli, tmp_path):

@@ -135,7 +135,8 @@ def test_a_signal_ends_a_run_within_seconds_with_its_exit_code_and_one_message(s
     assert end.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     assert end.seconds < 10
     last = [line for line in end.err.splitlines() if "by a plugin" not in line]
-    assert last == [f"kdcore: Interrupted: stopped by signal {int(number)}. Run the same command to go on."]
+    name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
+    assert last == [f"kdcore: Interrupted: stopped by {name}. Run the same command to go on."]
     assert "Traceback" not in end.out + end.err
 
 

@@ -48,7 +48,7 @@ def test_the_page_says_that_the_run_is_not_finished_and_how_far_it_is(root, cli)
     done = cli("report", root / "run")
     assert (done.code, done.out) == (0, f"{root / 'run' / 'report.html'}\n")
     found = page(root)
-    assert "This run is not finished: 1 of the 2 stages asked for so far are done." in found.text
+    assert "This run is not finished. Stages done: 1 of the 2 asked for so far." in found.text
     assert found.row("mlp-2 on labels")[:2] == ["finished", "6 of 6 epochs"]
     assert found.row("mlp-2 -> mlp-1")[:2] == ["running", "4 of 6 epochs"]
     assert found.row("mlp-2 -> mlp-1")[2].startswith("student ")

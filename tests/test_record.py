@@ -159,14 +159,14 @@ def test_curves_csv_is_every_value_of_every_curve(whole):
     with (made.folder / "curves.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     expected = [
-        (stage["name"], stage["key"], name, row["tick"], row["epoch"], metric, value)
+        (stage["name"], stage["key"], stage["seed"], name, row["tick"], row["epoch"], metric, value)
         for stage in result["stages"]
         for name, member in sorted(stage["members"].items())
         for row in member["curve"]
         for metric, value in sorted(row.items())
         if metric not in ("tick", "epoch")
     ]
-    kinds = (str, str, str, int, float, str, float)
+    kinds = (str, str, int, str, int, float, str, float)
     assert [tuple(kind(row[c]) for kind, c in zip(kinds, record.COLUMNS, strict=True)) for row in rows] == expected
     assert {"accuracy", "loss", "lr", "train.loss", "train.kd"} <= {row["metric"] for row in rows}
 
@@ -177,6 +177,15 @@ def test_what_is_reused_is_written_to_curves_csv_at_once(whole):
     again.record.curves = lambda results: written.append(len(list(results)))
     result = again.execute()
     assert written == [len(result["stages"])] == [2]
+
+
+def test_curves_of_one_stage_under_two_seeds_are_told_apart(tmp_path):
+    curve = [{"tick": 1, "epoch": 1.0, "accuracy": 0.5}]
+    results = [{"key": f"k{seed}", "seed": seed, "members": {"student": {"curve": curve}}} for seed in (3, 4)]
+    Record(tmp_path, pytest.fail).curves(("mlp-2 -> mlp-1", result) for result in results)
+    with (tmp_path / "curves.csv").open(newline="") as file:
+        found = [(row["stage"], row["seed"]) for row in csv.DictReader(file)]
+    assert found == [("mlp-2 -> mlp-1", "3"), ("mlp-2 -> mlp-1", "4")]
 
 
 def test_the_same_run_gives_the_same_curves_csv_resumed_or_reused(whole, tmp_path):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from kdcore.errors import StorageError
-from kdcore.report import render, write
+from kdcore.report import formats, render, write
+from kdcore.report.page import lede
 
 FIXTURE = Path(__file__).parent / "fixtures" / "result.json"
 FETCHING = {"script", "link", "iframe", "img", "image", "object", "embed", "base", "audio", "video", "source", "form"}
@@ -167,6 +168,18 @@ def test_the_reported_number_follows_the_selection(result):
     assert page.row("Test accuracy, best on monitor (reported)")
 
 
+def test_the_headline_says_what_a_difference_is_within_and_the_protocol_says_the_same(result):
+    """Two standard errors of a difference, by hand: 2 sqrt((0.9583 0.0417 + 0.9444 0.0556) / 360) is 0.0321."""
+    text = Page(render(result)).text
+    assert lede(result) in text
+    assert lede(result) == (
+        "On 360 test images the student is 1.39 points above its control (labels alone), "
+        "which is within two standard errors (±3.21), and 2.78 points below its teacher."
+    )
+    assert "One test image is 0.28 points." in text
+    assert "are ±3.21 points from the control and ±2.44 points from the teacher: a smaller one may be chance." in text
+
+
 def test_compression_is_teacher_over_student(result):
     page = Page(render(result))
     assert page.row("Parameters") == ["4,810", "93,322", "4,810", "19.4\u00a0×"]
@@ -292,6 +305,18 @@ def test_a_chain_too_long_to_read_across_goes_down(result):
     page = Page(render(result))
     assert next(value for name, value in page.attributes if name == "class" and "card" in value) == "card tall"
     assert page.texts.count("assistant") == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 FLOPs"), (999, "999 FLOPs"), (12_345_678, "12.3 MFLOPs"), (999_600_000, "1 GFLOPs"), (5e12, "5 TFLOPs")],
+)
+def test_operations_have_a_prefix_that_shows_three_digits(value, text):
+    assert formats.flops(value) == text
+
+
+def test_one_is_no_plural():
+    assert [formats.counted(n, "stage") for n in (0, 1, 2, 1000)] == ["0 stages", "1 stage", "2 stages", "1,000 stages"]
 
 
 def test_an_empty_plan_survives(result):

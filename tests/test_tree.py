@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,8 @@ from kdcore.chains import label
 from kdcore.cli.console import RunConsole
 from kdcore.cli.tree import Growth, choice_text
 from kdcore.cli.treeconsole import TreeConsole, TreeView
+from kdcore.errors import Interrupted
+from kdcore.report.tables import choices
 
 OFF = {"kind": "set", "target": "student.kd.weight", "value": 0.0, "reason": "", "controller": "dskd"}
 
@@ -122,6 +125,8 @@ def test_the_seeds_of_a_chain_are_one_node():
     tree = grown(asked(*stages), *(finished(s, accuracies[s["seed"]], stopped=s["seed"] + 4) for s in stages))
     assert [shape(root) for root in tree.roots] == [["mlp-4", ["mlp-2"]]]
     assert "97.00 ± 1.00" in shown(tree)
+    assert shown(tree).splitlines()[1].split() == ["model", "mean", "±", "sd", "at"]
+    assert "±" not in shown(grown(asked(TEACHER), finished(TEACHER, 0.9)))
     assert "4, 5, 6" in shown(tree)
 
 
@@ -131,7 +136,7 @@ def test_a_chain_without_controllers_is_a_number_on_the_same_chains_node():
     tree = grown(asked(*stages), finished(LONG, 0.95), finished(bare_long, 0.9731))
     assert [shape(root) for root in tree.roots] == [["mlp-10", ["mlp-2"], ["mlp-8", ["mlp-2"]]]]
     row = shown(tree).splitlines()[-1].split()
-    assert row == ["└──", "mlp-2", "95.00", "97.31"]
+    assert row == ["└──", "mlp-2", "done", "95.00", "97.31"]
     assert "without" in shown(tree)
 
 
@@ -183,9 +188,17 @@ def test_a_node_says_how_far_its_model_is():
 def test_several_seeds_at_once_are_counted():
     teachers = [labels("mlp-4", seed=seed) for seed in range(3)]
     script = [asked(*teachers), finished(teachers[0], 0.9), *map(started, teachers[1:]), ticked(teachers[1], 2, 0.5)]
-    assert "seed 2/3, epoch 2, 0/10" in shown(grown(*script), width=120)
+    assert "1/3 seeds done, epoch 2, 0/10" in shown(grown(*script), width=120)
     assert "90.00" in shown(grown(*script))
     assert "50.00" not in shown(grown(*script))
+
+
+def test_what_is_done_says_so_until_all_is():
+    teachers = [labels("mlp-4", seed=seed) for seed in range(2)]
+    script = [asked(*teachers, DIRECT), finished(DIRECT, 0.9), finished(teachers[0], 0.9)]
+    teacher, direct = shown(grown(*script)).splitlines()[2:]
+    assert (teacher.split()[:4], direct.split()[:2]) == (["mlp-4", "1/2", "seeds", "done"], ["mlp-2", "done"])
+    assert "done" not in shown(grown(*script, finished(teachers[1], 0.9)))
 
 
 def test_of_many_seeds_the_mean_of_the_stops_is_shown():
@@ -279,7 +292,7 @@ def test_a_low_terminal_leaves_out_finished_chains_but_not_the_best():
     lines = shown(tree, height=24).splitlines()
     assert len(lines) < 24
     assert [line.split()[-1] for line in lines[1:4]] == ["90.00", "90.00", "0/10"]
-    assert lines[4:] == ["(36 finished models are not shown)", "the direct one"]
+    assert lines[4:] == ["(not shown: 36 finished models)", "the direct one"]
     assert len(shown(tree, height=24, whole=True).splitlines()) == 1 + 1 + 1 + len(others)
 
 
@@ -289,6 +302,13 @@ def test_a_terminal_without_unicode_shows_the_tree_too():
     console.file.flush()
     assert b"`-- resnet-2" in console.file.buffer.getvalue()
     assert b"91.00 +- 1.00" in console.file.buffer.getvalue()
+
+
+def test_a_line_for_a_terminal_without_unicode_has_none(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    RunConsole().handle(chosen(LONG, "10-8-2 instead of 10-2", 0.01, 0.002))
+    sys.stdout.flush()
+    assert b"+1.00 points +- 0.20" in sys.stdout.buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -304,10 +324,19 @@ def test_a_chain_is_named_by_sizes_where_its_models_are_of_one_family(models, na
     assert label(models) == name
 
 
-def test_a_choice_is_said_with_its_margin_and_whether_that_is_noise():
-    said = [choice_text(chosen(LONG, "10-8-2 instead of 10-2", *numbers)) for numbers in ((0.0012, 0.002), (0.01,), ())]
-    start = "10-8-2 instead of 10-2"
-    assert said == [f"{start}: +0.12 ± 0.20 points, noise", f"{start}: +1.00 points", start]
+@pytest.mark.parametrize("numbers", [(0.0012, 0.002), (0.002, 0.002), (0.021, 0.01), (0.0, 0.0), (0.0, 0.01)])
+def test_a_choice_is_said_with_its_margin_and_weighed_as_in_the_report(numbers):
+    event = chosen(LONG, "10-8-2 instead of 10-2", *numbers)
+    ((*_, weighed),) = choices([event]).rows
+    margin, error = (100 * number for number in numbers)
+    said = f"10-8-2 instead of 10-2: {margin:+.2f} points ± {error:.2f} (one standard error), {weighed}"
+    assert choice_text(event) == said
+    assert weighed in ("within noise", "above noise", "a tie")
+
+
+def test_a_choice_without_an_error_or_a_margin_is_not_weighed():
+    said = [choice_text(chosen(LONG, "10-8-2", *numbers)) for numbers in ((0.01,), ())]
+    assert said == ["10-8-2: +1.00 points", "10-8-2"]
 
 
 @pytest.mark.parametrize("console", [RunConsole, TreeConsole])
@@ -316,9 +345,54 @@ def test_choices_and_the_best_so_far_are_plain_lines(console, capsys):
         shown_by.handle(chosen(LONG, "10-8-2 instead of 10-2", 0.01, 0.002))
         shown_by.handle({"kind": "best_so_far", "text": "10-8-2 instead of 10-2", "folder": "runs/x"})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "10-8-2 instead of 10-2: +1.00 ± 0.20 points"
+    assert lines[0] == "10-8-2 instead of 10-2: +1.00 points ± 0.20 (one standard error), above noise"
     assert lines[1] == "Best so far: 10-8-2 instead of 10-2. Its weights are runs/x/student.safetensors."
     assert lines[2] == "To go on: kdcore resume runs/x"
+
+
+def test_a_stop_of_several_decisions_is_one_line_and_other_decisions_stay_as_they_are(capsys):
+    def decide(found, **row):
+        row = {**OFF, "tick": 25, "epoch": 25.0, "reason": "no gain", **row}
+        return {"kind": "decision", "key": found["key"], "name": found["key"], "event": row}
+
+    both = {"target": "student.cross_entropy.weight", "value": 1.0}
+    script = [decide(DIRECT, value=0.5, tick=9), decide(DIRECT), decide(DIRECT, **both), decide(TEACHER)]
+    with RunConsole() as console:
+        for event in [asked(TEACHER, DIRECT), *script, decide(DIRECT, **both, reason="another")]:
+            console.handle(event)
+    direct, teacher = DIRECT["key"], TEACHER["key"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{direct}: epoch 9: dskd: student.kd.weight = 0.5 (no gain)",
+        f"{direct}: epoch 25: dskd: distillation stopped (no gain)",
+        f"{teacher}: epoch 25: dskd: student.kd.weight = 0.0 (no gain)",  # it learns from nobody
+        f"{direct}: epoch 25: dskd: student.cross_entropy.weight = 1.0 (another)",
+    ]
+
+
+def interrupted(*events):
+    with TreeConsole() as console:
+        for event in [asked(TEACHER, DIRECT), *events]:
+            console.handle(event)
+        raise Interrupted(2)
+
+
+def test_a_search_that_is_interrupted_before_its_first_choice_says_that_it_has_no_student(capsys):
+    best = {"kind": "best_so_far", "text": "10-2", "folder": "runs/x"}
+    for events, is_said in (((), True), ((chosen(DIRECT), best), False)):
+        with pytest.raises(Interrupted, match=r"stopped by Ctrl-C\."):
+            interrupted(*events)
+        out = capsys.readouterr().out
+        assert out.endswith("No student so far: the first chain is not finished.\n") == is_said
+    with TreeConsole():
+        pass
+    assert "No student" not in capsys.readouterr().out
+
+
+def test_a_chain_below_its_control_says_so(capsys):
+    with TreeConsole() as console:
+        for event in [asked(TEACHER, CONTROL, DIRECT), finished(CONTROL, 0.964), finished(DIRECT, 0.95)]:
+            console.handle(event)
+    assert capsys.readouterr().out.startswith("10-2: 95.00 % on the monitor split, 1.40 points below its control\n")
 
 
 def test_without_a_terminal_a_finished_chain_is_one_line_and_the_tree_comes_last(capsys):
@@ -328,9 +402,9 @@ def test_without_a_terminal_a_finished_chain_is_one_line_and_the_tree_comes_last
         for event in [*script, finished(BARE, 0.94), finished(ASSISTANT, 0.9), finished(LONG, 0.97)]:
             console.handle(event)
     lines = capsys.readouterr().out.splitlines()
-    gain = "points over its control"
-    assert lines[0] == f"10-2: 96.00 % on the monitor split, stopped at 7, +1.00 {gain}, 94.00 % without dskd"
-    assert lines[1] == f"10-8-2: 97.00 % on the monitor split, +2.00 {gain}"
+    gain = "points above its control"
+    assert lines[0] == f"10-2: 96.00 % on the monitor split, stopped at 7, 1.00 {gain}, 94.00 % without dskd"
+    assert lines[1] == f"10-8-2: 97.00 % on the monitor split, 2.00 {gain}"
     assert [line.split()[0] for line in lines[4:]] == ["mlp-10", "├──", "└──", "└──", "mlp-2"]
 
 

@@ -303,18 +303,20 @@ def _store_app() -> typer.Typer:
     @app.command("pack")
     def pack(file: Path, root: Root = RUNS, store: StoreDir = None) -> None:
         """Write all results to one tar file."""
+        from ..report.formats import counted
         from ..store import Store
 
         source = Store(store or root / "store")
         source.pack(file, source.stored())
-        typer.echo(f"{len(source.stored())} results in {file}")
+        typer.echo(f"{counted(len(source.stored()), 'result')} in {file}")
 
     @app.command("unpack")
     def unpack(file: Path, root: Root = RUNS, store: StoreDir = None) -> None:
         """Add the results of a tar file; each is verified."""
+        from ..report.formats import counted
         from ..store import Store
 
-        typer.echo(f"{len(Store(store or root / 'store').unpack(file))} new results")
+        typer.echo(counted(len(Store(store or root / "store").unpack(file)), "new result"))
 
     return app
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..chains import chains
+from ..chains import chains, directs
 from ..compare import CONFIDENCE, Comparison, Finding, Gap, Sample, Variant, check_finding, compare, gap, samples_of
 from ..errors import RecipeError
 from ..files import replace_file
@@ -25,6 +25,7 @@ SCOPE = (
     f"Differences of test accuracies, paired by seed: mean in points and {CONFIDENCE:.0%} interval of Student's t. "
     "The interval is over seeds alone: it does not cover the choice of test images or of the split."
 )
+WIDEST = 10_000  # a terminal in which everything fits
 WEIGHTS = {"last": "the last epoch's weights", "best": "the weights that were best on the monitor split"}
 
 
@@ -58,8 +59,10 @@ def read_finding(folder: Path) -> Finding:
 
 
 def _show(found: Comparison, console: Console) -> None:
-    console.print(_table(found))
-    for text in (*_legend(found), *_unpaired(found.gaps), SCOPE, _cost(found.variants[0])):
+    table, room = _table(found, named=True), console.options.update(width=WIDEST)
+    fits = console.measure(table, options=room).maximum <= console.width
+    console.print(table if fits else _table(found, named=False))
+    for text in (*_legend(found, not fits), *_unpaired(found.gaps), SCOPE, _cost(found.variants[0])):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     for key, values in found.mixed.items():
         said = ", ".join(f"{run} {str(value)[:12]}" for run, value in values.items())
@@ -67,10 +70,21 @@ def _show(found: Comparison, console: Console) -> None:
         console.print(text, style="bold yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def _legend(found: Comparison) -> Iterator[str]:
-    """What the numbers of the variants stand for, and what differs between their recipes."""
+def _legend(found: Comparison, named: bool) -> Iterator[str]:
+    """What the numbers of the variants stand for, and what differs between their recipes.
+
+    Args:
+        found: the variants.
+        named: name the chains, for which the table has no room.
+    """
+    runs = {variant.runs for variant in found.variants}
+    shared = found.variants[0].chain and len(runs) == 1
     for number, variant in enumerate(found.variants, 1):
-        yield f"{number}: {', '.join(filter(None, [variant.chain, *variant.runs]))}"
+        said = [variant.chain if named else "", *(() if shared else variant.runs)]
+        if any(said):
+            yield f"{number}: {', '.join(filter(None, said))}"
+    if shared:
+        yield f"All chains are of {', '.join(found.variants[0].runs)}."
     for key in found.variants[0].settings:
         values = (variant.settings[key] for variant in found.variants)
         yield f"{key}: {' | '.join('not set' if value is None else shown(value) for value in values)}"
@@ -92,10 +106,11 @@ def _cost(variant: Variant) -> str:
     return f"TFLOPs and seconds are those of training, the sum {what}."
 
 
-def _table(found: Comparison) -> Table:
-    table = _columns("", "n", "test %", "monitor %", "TFLOPs", "seconds", "difference to 1")
+def _table(found: Comparison, named: bool) -> Table:
+    heads = _accuracy_heads(variant.samples for variant in found.variants)
+    table = _columns("", "n", *heads, "TFLOPs", "seconds", "difference to 1")
     for number, (variant, one) in enumerate(zip(found.variants, found.gaps, strict=True), 1):
-        name = Text(f"{number} {variant.chain}".strip())
+        name = Text(f"{number} {variant.chain if named else ''}".strip())
         difference = "" if number == 1 else interval(one)
         table.add_row(name, *accuracies(variant.samples), *_costs(variant), difference)
     return table
@@ -118,6 +133,12 @@ def accuracies(samples: Sequence[Sample]) -> tuple[str, str, str]:
     return str(len(samples)), spread([s.test for s in samples]), spread([s.monitor for s in samples])
 
 
+def _accuracy_heads(found: Iterable[Sequence[Sample]]) -> tuple[str, str]:
+    """Heads of the columns of accuracies, which say what stands behind a ± where there is one."""
+    said = "\nmean ± sd" if any(len(samples) > 1 for samples in found) else ""
+    return f"test %{said}", f"monitor %{said}"
+
+
 def interval(found: Gap) -> str:
     """``+0.42 [-0.10, +0.94]`` in points."""
     if found.mean is None:
@@ -136,33 +157,28 @@ def as_json(found: Comparison) -> dict[str, Json]:
 
 
 def chains_table(result: Mapping[str, Any]) -> Table:
-    """The replicates of a run that is just finished, each against the student that has no assistant.
+    """The replicates of a run that is just finished, each against the direct student under the same controllers.
 
     Args:
         result: the content of a result.json with replicates.
     """
     finding = check_finding(result, "result.json")
-    samples = {name: samples_of(rows, finding.run.seed) for name, rows in finding.replicates.items()}
-    direct = _direct(result)
-    heads = [f"over {direct}"] if direct else []
-    kept = WEIGHTS.get(str(finding.protocol["selection"]), "")
-    title = f"Students of {kept}" + (
-        f"; differences in points, {CONFIDENCE:.0%} intervals over seeds" if direct else ""
-    )
-    table = _columns("chain", "n", "test %", "monitor %", *heads, title=title)
-    for i, (name, found) in enumerate(samples.items()):
-        over = "" if name == direct else interval(gap(found, samples[direct])) if direct else ""
-        cells = (*accuracies(found), *([over] if direct else []))
-        table.add_row(Text(name if i else f"{name} (chosen)"), *cells, style="" if i else "bold")
+    named, direct = finding.replicates, directs(chains(result["stages"]))
+    rows = {(row.stage, row.member): row for own in named.values() for row in own}
+    found, others = {}, {}
+    for name, own in named.items():
+        ends = [direct.get((row.stage, row.member)) for row in own]
+        found[name] = samples_of(own, finding.run.seed)
+        others[name] = samples_of([rows[end] for end in ends if end in rows], finding.run.seed)
+    heads = ["over direct"] if any(others.values()) else []
+    table = _columns("chain", "n", *_accuracy_heads(found.values()), *heads, title=_title(finding, bool(heads)))
+    for i, (name, samples) in enumerate(found.items()):
+        over = [interval(gap(samples, others[name])) if others[name] else ""] if heads else []
+        table.add_row(Text(name if i else f"{name} (chosen)"), *accuracies(samples), *over, style="" if i else "bold")
     return table
 
 
-def _direct(result: Mapping[str, Any]) -> str:
-    """Name of the chain from a teacher to its student without assistants, under the chosen one's controllers."""
-    found = {(chain.end.stage, chain.end.member): chain for chain in chains(result["stages"])}
-    best = found.get((result["student"]["stage"], result["student"]["member"]))
-    for name, (first, *_) in result["replicates"].items():
-        chain = found.get((first["stage"], first["member"]))
-        if chain and best and chain.controllers == best.controllers and len(chain.links) == 2:
-            return str(name)
-    return ""
+def _title(finding: Finding, compared: bool) -> str:
+    said = f"Students of {WEIGHTS.get(str(finding.protocol['selection']), '')}"
+    over = f"the direct one under the same controllers, in points with {CONFIDENCE:.0%} intervals over seeds"
+    return f"{said}; differences to {over}" if compared else said

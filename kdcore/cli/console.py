@@ -12,10 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..chains import ends_distillation, learners
 from ..job import Event
+from ..report.formats import counted
 from .tree import choice_text
 
 PLAIN_SECONDS = 5.0
+ASCII = str.maketrans({"±": "+-", "├": "|", "└": "`", "─": "-", "│": "|"})
 
 
 class RunConsole:
@@ -40,6 +43,8 @@ class RunConsole:
         self.tasks: dict[str, TaskID] = {}
         self.speed: dict[str, float] = {}
         self.printed: dict[str, float] = {}
+        self.asked: dict[str, Any] = {}
+        self.stops: set[tuple[Any, ...]] = set()
 
     def __enter__(self) -> RunConsole:
         if self.live:
@@ -58,6 +63,7 @@ class RunConsole:
                 show(event)
 
     def _print(self, text: str, style: str = "") -> None:
+        text = plain(text, self.console.options.ascii_only)
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _warning(self, event: Event) -> None:
@@ -84,7 +90,7 @@ class RunConsole:
             task = self.progress.add_task(event["name"], total=event["ticks"], completed=event["tick"], text=resumed)
             self.tasks[event["key"]] = task
         else:
-            self._print(f"{event['name']}: {event['ticks']} epochs{resumed}")
+            self._print(f"{event['name']}: {counted(event['ticks'], 'epoch')}{resumed}")
 
     def _log(self, event: Event) -> None:
         self.speed[event["key"]] = event["metrics"]["images_per_second"]
@@ -97,9 +103,19 @@ class RunConsole:
             self.printed[event["key"]] = time.monotonic()
             self._print(f"{event['name']}: {event['tick']}/{event['ticks']}  {text}")
 
+    def _asked(self, event: Event) -> None:
+        self.asked |= {stage["key"]: stage for stage in event["stages"]}
+
     def _decision(self, event: Event) -> None:
-        row = event["event"]
+        """One line a decision; a stop is often several, of one controller for one reason, and takes one line too."""
+        row, stage = event["event"], self.asked.get(event["key"])
+        cause = event["key"], row["tick"], row["controller"], row["reason"]
+        if cause in self.stops:
+            return
         what = f"{row['target']} = {row['value']}" if row["kind"] == "set" else f"{row['kind']} {row['target']}"
+        if stage is not None and learners(stage) and ends_distillation(stage, row):
+            self.stops.add(cause)
+            what = "distillation stopped"
         self._print(f"{event['name']}: epoch {row['tick']}: {row['controller']}: {what} ({row['reason']})", "cyan")
 
     def _choice(self, event: Event) -> None:
@@ -150,6 +166,11 @@ class RunConsole:
                 from .compare import chains_table
 
                 self.console.print(chains_table(result))
+
+
+def plain(text: str, ascii_only: bool) -> str:
+    """The text for a terminal that may know ASCII alone."""
+    return text.translate(ASCII) if ascii_only else text
 
 
 def _metrics(metrics: dict[str, dict[str, float]]) -> str:

@@ -22,6 +22,7 @@ from ..options import Field, Plain
 from ..plan import Choice, MemberResult, Plan, Result, Spec, Stage
 from ..plugins import PluginHost
 from ..recipe import Recipe, compile_recipe, load
+from ..report.formats import counted, flops
 from ..runner import Run, make_context, make_settings
 from ..runview import UnmeasuredError
 from ..store import Store
@@ -147,7 +148,7 @@ def show_plan(source: Path, sets: list[str], host: PluginHost, root: Path, store
     settings = make_settings(recipe, store or root / "store", recipe.execute.jobs)
     context = make_context(host)
     keys = Keys(host.catalog, recipe.seed, settings, lambda spec: str(context.load(spec).fingerprint))
-    table = Table("stage", "members", "length", "TFLOPs", "stored")
+    table = Table("stage", "members", "length", "cost", "stored")
     view, strategy = compile_recipe(recipe, host.catalog)
     measure = Measure(host.catalog, context.load, view.data)
     view, total = dataclasses.replace(view, measure=measure.model, estimate=measure.stage), 0
@@ -156,10 +157,10 @@ def show_plan(source: Path, sets: list[str], host: PluginHost, root: Path, store
         stored = Store(settings.store).result(keys.of(stage)) is not None
         total += 0 if stored else cost
         members = ", ".join(f"{name} {member.model}" for name, member in stage.members.items())
-        table.add_row(stage.name, members, str(stage.length), f"{cost / 1e12:.3f}", "yes" if stored else "")
+        table.add_row(stage.name, members, str(stage.length), flops(cost), "yes" if stored else "")
     console = Console()
     console.print(table)
-    console.print(f"to train: {total / 1e12:.3f} TFLOPs (convolutions and matrix products; no stop is assumed)")
+    console.print(f"to train: {flops(total)} (convolutions and matrix products; no stop is assumed)")
 
 
 def planned(plan: Plan, strategy: Spec, cost: Callable[[Stage], int]) -> list[Stage]:
@@ -213,4 +214,4 @@ def collect(root: Path, path: Path, dry: bool) -> None:
     removed = store.collect(keep, dry)
     for folder in removed:
         print(folder)
-    print(f"{len(removed)} folders {'would be ' if dry else ''}removed")
+    print(f"{counted(len(removed), 'folder')} {'would be ' if dry else ''}removed")

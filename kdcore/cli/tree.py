@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 from ..chains import CONTROL, teacher_of
 from ..job import Event
 from ..report.curves import stops
+from ..report.formats import weight
 
 Place: TypeAlias = tuple[tuple[str, str, int], ...]
 """From the root to a node: model, role ("control" or empty), and a number where one stage is like another."""
@@ -220,12 +221,12 @@ def _later(stage: _Stage, event: Event) -> _Stage:
 
 
 def choice_text(choice: Event) -> str:
-    """What was decided, with its margin in points: ``kept 10-4-2 over 10-2: +0.12 ± 0.20 points, noise``."""
+    """``10-4-2 instead of 10-2: +0.12 points ± 0.20 (one standard error), within noise``."""
     if choice["margin"] is None:
         return str(choice["text"])
-    error = "" if choice["error"] is None else f" ± {100 * choice['error']:.2f}"
-    noise = ", noise" if choice["is_noise"] else ""
-    return f"{choice['text']}: {100 * choice['margin']:+.2f}{error} points{noise}"
+    error = "" if choice["error"] is None else f" ± {100 * choice['error']:.2f} (one standard error)"
+    said = f"{choice['text']}: {100 * choice['margin']:+.2f} points{error}"
+    return ", ".join(filter(None, [said, weight(choice["margin"], choice["error"])]))
 
 
 def spread(values: Sequence[float]) -> str:

@@ -15,16 +15,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ..chains import label
-from ..errors import RecipeError
+from ..errors import Interrupted, RecipeError
 from ..job import Event
 from ..recipe import load
-from .console import RunConsole
+from ..report.formats import counted
+from .console import RunConsole, plain
 from .tree import Growth, Learner, Node, Tree, spread
 
 CHOICES = 3  # the last ones are shown below a tree that grows
 FEW = 3  # seeds whose stops are shown one by one
 KINDS = {"asked", "stage_started", "tick", "log", "decision", "stage_finished", "choice"}
-ASCII = str.maketrans({"±": "+-", "├": "|", "└": "`", "─": "-", "│": "|"})
 
 
 def is_search(strategy: str) -> bool:
@@ -61,6 +61,9 @@ class TreeConsole(RunConsole):
             self._show_whole(self.growth.tree())
         for event in self.last_words:
             super().handle(event)
+        if not self.last_words and any(isinstance(one, Interrupted) for one in error):
+            with suppress(SystemExit):
+                self._print("No student so far: the first chain is not finished.")
 
     def _show_whole(self, tree: Tree) -> None:
         """What stays on the screen; without a terminal, choices were printed as they were made."""
@@ -95,11 +98,12 @@ class TreeConsole(RunConsole):
 
 
 def chain_line(node: Node, controllers: Sequence[str]) -> str:
-    """``10-8-2: 97.31 ± 0.12 % on the monitor split, stopped at 7, 9, +0.42 points over its control``."""
+    """``10-8-2: 97.31 ± 0.12 % on the monitor split, stopped at 7, 9, 0.42 points above its control``."""
+    gain = _gain(node.learners)
     facts = {
         "{} % on the monitor split": _accuracy(node.learners),
         "stopped at {}": _stopped(node.learners),
-        "{} points over its control": _gain(node.learners),
+        f"{{}} points {'below' if gain.startswith('-') else 'above'} its control": gain.lstrip("+-"),
         f"{{}} % without {', '.join(controllers)}": _accuracy(node.without),
         "{}": "reused" if _state(node) == "reused" else "",
     }
@@ -128,23 +132,27 @@ class TreeView:
             tree = Tree(_pruned(tree.roots), tree.controllers, tree.choices)
             hidden = _size(self.tree.roots) - _size(tree.roots)
         yield _table(tree, options.max_width, options.ascii_only)
-        left_out = [f"({hidden} finished models are not shown)"] if hidden else []
+        left_out = [f"(not shown: {counted(hidden, 'finished model')})"] if hidden else []
         for text in [*left_out, *choices]:
-            yield Text(_plain(text, options.ascii_only))
+            yield Text(plain(text, options.ascii_only))
 
 
 def _table(tree: Tree, width: int, ascii_only: bool) -> RenderableType:
     """One row a model; left out are columns that no model has anything for, and the last ones of a narrow terminal."""
     rows = list(_rows(tree.roots))
-    names = [_plain(guides, ascii_only) + node.chain[-1] + (" on labels" if node.role else "") for guides, node in rows]
+    names = [plain(guides, ascii_only) + node.chain[-1] + (" on labels" if node.role else "") for guides, node in rows]
+    ended = "done" if all(node.is_done for _, node in rows) else ""  # of a whole tree it says nothing
+    several = any(len(node.learners) > 1 for _, node in rows)
     columns: dict[str, Callable[[Node], str]] = {
-        "state": _state,
-        "monitor %": lambda node: _accuracy(node.learners),
+        "state": lambda node: _state(node) if _state(node) != ended else "",
+        "monitor %" + "\nmean ± sd" * several: lambda node: _accuracy(node.learners),
         "stopped\nat": lambda node: _stopped(node.learners),
         "over\ncontrol": lambda node: _gain(node.learners),
         f"without\n{', '.join(tree.controllers)}": lambda node: _accuracy(node.without),
     }
-    cells = {head: [_plain(cell(node), ascii_only) for _, node in rows] for head, cell in columns.items()}
+    cells = {
+        plain(head, ascii_only): [plain(cell(node), ascii_only) for _, node in rows] for head, cell in columns.items()
+    }
     cells = {head: column for head, column in cells.items() if any(column)}
     while len(cells) > 1 and _widest(names) + sum(2 + _widest([h, *c]) for h, c in cells.items()) > width:
         cells.popitem()
@@ -182,13 +190,13 @@ def _pruned(nodes: Sequence[Node]) -> tuple[Node, ...]:
 
 
 def _state(node: Node) -> str:
-    """``waiting``, ``epoch 3/30``, ``seed 2/3, epoch 3/30``, ``reused``; of what was trained to its end, nothing."""
+    """``waiting``, ``epoch 3/30``, ``1/2 seeds done, epoch 3/30``, ``done``, ``reused``."""
     if node.is_done:
-        return "reused" if all(learner.state == "reused" for learner in (*node.learners, *node.without)) else ""
+        return "reused" if all(learner.state == "reused" for learner in (*node.learners, *node.without)) else "done"
     learners = node.without if all(learner.is_done for learner in node.learners) else node.learners
     done = sum(learner.is_done for learner in learners)
     running = [learner for learner in learners if learner.state == "running"]
-    seeds = f"seed {done + 1}/{len(learners)}" if len(learners) > 1 and (done or running) else ""
+    seeds = f"{done}/{len(learners)} seeds done" if len(learners) > 1 and (done or running) else ""
     ticks = f"{running[0].unit} {', '.join(str(r.tick) for r in running)}/{running[0].ticks}" if running else ""
     return ", ".join(filter(None, [seeds, ticks])) or "waiting"
 
@@ -215,7 +223,3 @@ def _stopped(learners: Sequence[Learner]) -> str:
     if len(stops) > FEW:
         return f"{statistics.fmean(found):.1f} in {len(found)} of {len(stops)}"
     return ", ".join("-" if stop is None else f"{stop:g}" for stop in stops)
-
-
-def _plain(text: str, ascii_only: bool) -> str:
-    return text.translate(ASCII) if ascii_only else text

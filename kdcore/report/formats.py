@@ -23,6 +23,14 @@ def signed_points(value: Any) -> str:
     return NONE if share is None else f"{100 * share:+.2f}"
 
 
+def weight(margin: Any, error: Any) -> str:
+    """What the margin of a choice is worth against its standard error; empty where one of them is unknown."""
+    gap, noise = number(margin), number(error)
+    if gap is None or noise is None:
+        return ""
+    return "a tie" if gap == 0 else "within noise" if abs(gap) <= noise else "above noise"
+
+
 def spread(values: Sequence[Any], shown: Callable[[Any], str] = percent) -> str:
     """The mean of a number under several seeds, and their standard deviation: 97.21 % ± 0.12."""
     found = [value for value in map(number, values) if value is not None]
@@ -33,6 +41,11 @@ def spread(values: Sequence[Any], shown: Callable[[Any], str] = percent) -> str:
 def count(value: Any) -> str:
     whole = number(value)
     return NONE if whole is None else f"{whole:,.0f}"
+
+
+def counted(value: Any, noun: str) -> str:
+    """``1 stage``, ``2 stages``."""
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"
 
 
 def place(value: Any) -> str:
@@ -47,7 +60,14 @@ def scaled(value: Any) -> str:
     if size is None or abs(size) < 1000:
         return count(size)
     power = min(int(math.log10(abs(size)) // 3), 6)
+    power += abs(size) >= 999.5 * 1000**power and power < 6  # three digits of it are the next prefix's 1
     return f"{size / 1000**power:.3g}\u00a0{' kMGTPE'[power]}"
+
+
+def flops(value: Any) -> str:
+    """``12.4 MFLOPs``, for a terminal."""
+    size, _, prefix = scaled(value).partition("\u00a0")
+    return f"{size} {prefix}FLOPs"
 
 
 def seconds(value: Any) -> str:

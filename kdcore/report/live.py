@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from . import figures, tables
 from .curves import OTHER_COLORS, ROLE_COLORS, Points, Series, number
-from .formats import NONE, count, percent, seconds
+from .formats import NONE, count, counted, percent, seconds
 from .page import decisions, panels
 from .parts import Grid, Panel, grid
 
@@ -34,7 +34,7 @@ def live_view(progress: Progress, refresh: int, drawn: dict[str, tuple[Panel, ..
     return {
         "title": f"{progress.run}: not finished",
         "refresh": refresh,
-        "lede": f"This run is not finished: {done} of the {len(progress.stages)} stages asked for so far are done.",
+        "lede": f"This run is not finished. Stages done: {done} of the {len(progress.stages)} asked for so far.",
         "run": f"Begun {begun} · {seconds(progress.seconds)} at work · last entry {latest}",
         "warnings": list(progress.warnings),
         "stages": _stages(progress.stages),
@@ -54,8 +54,8 @@ def _position(stage: StageProgress) -> str:
     if not stage.ticks:
         return NONE
     every = stage.result["tick"]
-    size, unit = (1, "epochs") if every == "epoch" else (every, "steps")
-    return f"{count(size * stage.tick)} of {count(size * stage.ticks)} {unit}"
+    size, unit = (1, "epoch") if every == "epoch" else (every, "step")
+    return f"{count(size * stage.tick)} of {counted(size * stage.ticks, unit)}"
 
 
 def _accuracy(result: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ..chains import Table
 from . import figures, study, tables
 from .curves import Series, Stop, member_series, number, places, position, share_series, shown, stops, unit
-from .formats import NONE, count, milliseconds, percent, ratio, scaled, seconds
+from .formats import NONE, count, counted, milliseconds, percent, ratio, scaled, seconds
 from .parts import Grid, Panel, grid
 
 ROLES = ("student", "teacher", "control")
@@ -86,18 +86,18 @@ def lede(result: Table) -> str:
     for role, name in words.items():
         other = _reported(result, role)
         if own is not None and other is not None:
-            gap = 100 * (own - other)
-            noise = ", which is within the noise" if _within_noise(own, other, result) else ""
-            said.append(f"{abs(gap):.2f} points {'above' if gap >= 0 else 'below'} {name}{noise}")
-    return f"On the test images the student is {', and '.join(said)}." if said else ""
-
-
-def _within_noise(own: float, other: float, result: Table) -> bool:
-    """Less than two standard errors of the difference of two accuracies on so many images."""
+            gap, reach = own - other, _two_errors(own, other, result)
+            within = f", which is within two standard errors (±{100 * reach:.2f})" if abs(gap) < reach else ""
+            said.append(f"{abs(100 * gap):.2f} points {'above' if gap >= 0 else 'below'} {name}{within}")
     images = number(result["protocol"]["test_images"])
-    if not images:
-        return False
-    return abs(own - other) < 2 * math.sqrt((own * (1 - own) + other * (1 - other)) / images)
+    where = f"On {count(images)} test images" if images else "On the test images"
+    return f"{where} the student is {', and '.join(said)}." if said else ""
+
+
+def _two_errors(own: float, other: float, result: Table) -> float:
+    """Two standard errors of the difference of two shares of the test images, not paired by image; 0 if unknown."""
+    images = number(result["protocol"]["test_images"])
+    return 2 * math.sqrt((own * (1 - own) + other * (1 - other)) / images) if images else 0.0
 
 
 def _objective(result: Table) -> str:
@@ -157,8 +157,7 @@ def _headline(result: Table) -> Grid:
 
 
 def _protocol(result: Table) -> list[str]:
-    p, accuracy = result["protocol"], _reported(result, "student")
-    images = number(p["test_images"])
+    p = result["protocol"]
     chosen = "last weights" if p["selection"] == "last" else "best on the monitor images"
     carved = f"{percent(p['monitor_share'])} of the training data, split seed {p['split_seed']}"
     splits = (
@@ -167,13 +166,24 @@ def _protocol(result: Table) -> list[str]:
     )
     seeds = ", ".join(str(seed) for seed in p["seeds"])
     said = [_objective(result), p["text"], f"Selection: {chosen}. Splits: {splits}. Seed: {seeds}."]
-    if images and accuracy is not None:
-        error = math.sqrt(accuracy * (1 - accuracy) / images)
-        said.append(
-            f"One test image is {100 / images:.2f} points, and the standard error of the student's accuracy "
-            f"on this many images is {100 * error:.2f} points: read differences against it."
-        )
+    said.append(_precision(result))
     return [text for text in said if text]
+
+
+def _precision(result: Table) -> str:
+    """What a difference on so many test images is to be read against."""
+    images, own = number(result["protocol"]["test_images"]), _reported(result, "student")
+    if not images or own is None:
+        return ""
+    others = {f"the {role}": other for role in ("control", "teacher") if (other := _reported(result, role)) is not None}
+    others = others or {"one as accurate": own}
+    said = " and ".join(
+        f"±{100 * _two_errors(own, other, result):.2f} points from {name}" for name, other in others.items()
+    )
+    return (
+        f"One test image is {100 / images:.2f} points. Two standard errors of the student's difference on this many "
+        f"images, not paired by image, are {said}: a smaller one may be chance. Other seeds are not in them."
+    )
 
 
 def _chain(result: Table) -> list[tuple[str, int, Panel]]:
@@ -202,7 +212,7 @@ def _nodes(result: Table) -> list[figures.Node]:
 
 def _stage(result: Table, stage: Table, name: str) -> StageView:
     names = {s["key"]: s["name"] for s in result["stages"]}
-    facts = [f"step {stage['step']}", f"{count(stage['length'])} {unit(stage)}s", f"{count(stage['steps'])} steps"]
+    facts = [f"step {stage['step']}", counted(stage["length"], unit(stage)), counted(stage["steps"], "step")]
     for role, ref in [*stage["inputs"].items(), *stage["uses"].items()]:
         facts.append(f"{role} from “{names.get(ref['stage'], ref['stage'][:12])}”")
     facts += [f"seed {stage['seed']}"] if len({s["seed"] for s in result["stages"]}) > 1 else []

@@ -12,7 +12,7 @@ from ..chains import Chain, Link, Table, chains, chosen, groups, label, whole
 from . import figures, tree
 from .averages import Variant, variants
 from .curves import number, unit
-from .formats import NONE, percent, place, spread
+from .formats import NONE, counted, percent, place, spread
 from .parts import Grid, Panel, grid
 
 WIDEST, TALLEST = 6, 24  # models side by side, and one above the other, whose names are readable on 1280 pixels
@@ -172,7 +172,8 @@ def _panel(name: str, one: Compared, limits: tuple[float, float], last: float) -
 def _ended(one: Compared) -> str:
     """In how many of the stages distillation stopped, and where: a line is drawn for those alone."""
     said = [
-        f"in {len(v.stops)} of {v.stages} stages {v.name}, at {one.unit} {', '.join(map(place, sorted(v.stops)))}"
+        f"in {len(v.stops)} of {counted(v.stages, 'stage')} {v.name}, "
+        f"at {one.unit} {', '.join(map(place, sorted(v.stops)))}"
         for v in one.variants
         if v.stops
     ]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ..chains import Chain, Table, chains
+from ..chains import Table, chains, directs
 from ..costs import Costs, Work, costs
 from .curves import number
-from .formats import NONE, count, scaled, seconds, signed_points, spread
+from .formats import NONE, count, counted, scaled, seconds, signed_points, spread, weight
 from .parts import Grid, grid
 
 STEP = "three forward passes' FLOPs for each image of a step, and the time of that work."
@@ -19,20 +19,13 @@ def choices(found: Iterable[Table]) -> Grid:
     Args:
         found: with text, margin and error; as in result.json, or as lines of metrics.jsonl.
     """
-    rows = [(c["text"], _margin(c), _weight(c)) for c in found]
+    rows = [(c["text"], _margin(c), weight(c["margin"], c["error"]) or NONE) for c in found]
     return grid("Choices between results", ("Choice", "Margin, points", "Weight"), "text num text", rows)
 
 
 def _margin(choice: Table) -> str:
     error = number(choice["error"])
     return signed_points(choice["margin"]) + ("" if error is None else f"\u00a0±\u00a0{100 * error:.2f}")
-
-
-def _weight(choice: Table) -> str:
-    margin, error = number(choice["margin"]), number(choice["error"])
-    if margin is None or error is None:
-        return NONE
-    return "a tie" if margin == 0 else "within noise" if abs(margin) <= error else "above noise"
 
 
 def replicates(result: Table) -> Grid:
@@ -50,30 +43,21 @@ def replicates(result: Table) -> Grid:
 
 
 def _gains(result: Table) -> dict[tuple[str, str], float]:
-    """How much higher the test accuracy of a chain's learner is than that of the same learner of the first teacher."""
-    members = {(s["key"], role): member for s in result["stages"] for role, member in s["members"].items()}
-    accuracies = {
-        chain: value
-        for chain in chains(result["stages"])
-        if (value := number(members[chain.end.stage, chain.end.member]["test_accuracy"])) is not None
+    """How much higher the test accuracy of a chain's learner is than that of the direct one."""
+    tests = {
+        (stage["key"], role): number(member["test_accuracy"])
+        for stage in result["stages"]
+        for role, member in stage["members"].items()
     }
-    direct = {_alike(chain): value for chain, value in accuracies.items() if len(chain.links) == 2}
-    return {
-        (chain.end.stage, chain.end.member): value - direct[_alike(chain)]
-        for chain, value in accuracies.items()
-        if len(chain.links) > 2 and _alike(chain) in direct
-    }
-
-
-def _alike(chain: Chain) -> tuple[str, str, tuple[str, ...], int]:
-    """What a chain shares with the direct one: its ends, controllers and seed."""
-    return chain.models[0], chain.models[-1], chain.controllers, chain.seed
+    found = directs(chains(result["stages"])).items()
+    pairs = ((end, tests[end], tests[direct]) for end, direct in found)
+    return {end: own - other for end, own, other in pairs if own is not None and other is not None}
 
 
 def costs_by_role(result: Table) -> Grid:
     """What all stages cost by what they were for, and what was saved; each with how it was obtained."""
     found = costs(result)
-    skipped = f"; {found.chains_skipped} chains were skipped" if found.chains_skipped else ""
+    skipped = f"; skipped: {counted(found.chains_skipped, 'chain')}" if found.chains_skipped else ""
     works = [
         (f"All stages: {found.trained} trained, {found.reused} reused", found.total,
          f"Sums over the stages, whenever they were trained{skipped}. FLOPs are those of training steps."),
@@ -82,10 +66,10 @@ def costs_by_role(result: Table) -> Grid:
         ("Controls", found.controls, "Training on labels alone of what controllers compare with, each control once."),
         ("Teachers' forward passes", found.teachers, "One for each image while others learned from them."),
         ("Evaluation, data, checkpoints", Work(0, found.rest), "Time of the stages less their members' time in steps."),
-        (f"Saved by stopping, in {found.stages_stopped} stages", found.stopping,
+        (f"Saved by stopping, in {counted(found.stages_stopped, 'stage')}", found.stopping,
          "Passes over the images that a learner was trained on after the stop: of its teacher, and of a control in "
          "the same stage. Time is at the seconds an image that each took before."),
-        (f"Saved by sharing {found.stages_shared} stages", found.sharing,
+        (f"Saved by sharing {counted(found.stages_shared, 'stage')}", found.sharing,
          "What chains would cost if each trained all its models, and each stage its own control to the end, less "
          "these stages."),
     ]  # fmt: skip
@@ -128,7 +112,16 @@ def stages(result: Table) -> Grid:
     new = [number(s["seconds"]) or 0.0 for s in result["stages"] if not s["reused"]]
     all_of_them = sum(number(s["seconds"]) or 0.0 for s in result["stages"])
     rows.append(("All stages, when they were trained", seconds(all_of_them), "", "", "", ""))
-    rows.append(("Trained in this run", seconds(sum(new)), "", "", "", f"{len(new)} of {len(result['stages'])} stages"))
+    rows.append(
+        (
+            "Trained in this run",
+            seconds(sum(new)),
+            "",
+            "",
+            "",
+            f"{len(new)} of {counted(len(result['stages']), 'stage')}",
+        )
+    )
     heads = ("Stage", "Time", "Steps", "Images / s", "FLOPs by member", "Result")
     return grid("Cost of each stage", heads, "text num num num long text", rows)
 
