@@ -48,7 +48,7 @@ def kill_in_the_middle(folder: Path, process: subprocess.Popen) -> None:
     while not (finished and begun - finished):  # a stage's checkpoints are there for a moment after its result
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-        begun = {path.parent.name for path in folder.glob("runs/store/unfinished/[0-9a-f]*/ckpt-*")}  # nor .dead-*
+        begun = {path.parent.name for path in folder.glob("runs/store/unfinished/[0-9a-f]*/ckpt-*")}  # nor .tmp-*
         finished = {path.name for path in folder.glob("runs/store/results/[0-9a-f]*")}  # not .tmp-*
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
