@@ -9,6 +9,8 @@ from typing import Any
 
 from dskd_figures import DSKD, Spread, accuracy, columns, gain, on_labels, stops, unit, variants
 
+from kdcore.cli.tree import choice_text
+
 Table = Mapping[str, Any]
 
 MOST_OVERHEAD = 1.25
@@ -106,7 +108,7 @@ def patience(runs: Sequence[Table]) -> str:
 
 def greedy(run: Table) -> str:
     """What it chose, why, and its overhead."""
-    steps = "".join(f"1. {choice['text']}\n" for choice in run["choices"])
+    steps = "".join(f"1. {choice_text(choice)}\n" for choice in run["choices"])
     return (
         f"It chose {run['chosen']} ({plus_minus(accuracy(run, run['chosen'], DSKD))} on the test images), by the "
         f"monitor split:\n\n{steps}"
