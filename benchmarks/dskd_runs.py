@@ -169,16 +169,18 @@ def execute(unit: Unit, bench: Bench, deadline: float | None) -> Path | None:
 
 @contextmanager
 def _ending(deadline: float | None) -> Iterator[None]:
-    """Ctrl-C at the deadline: the run ends with a checkpoint."""
+    """Ctrl-C at the deadline, also where a shell has Ctrl-C ignored (nohup): the run ends with a checkpoint."""
     if deadline is None:
         yield
         return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(max(deadline - time.monotonic(), 0), os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+        signal.signal(signal.SIGINT, before)
 
 
 # ---------------------------------------------------------------- plan

@@ -242,6 +242,7 @@ class Whole:
                     return
 
         watch = threading.Thread(target=wait)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
         watch.start()
         try:
             with pytest.raises(KeyboardInterrupt):
@@ -249,6 +250,7 @@ class Whole:
         finally:
             done.set()
             watch.join()
+            signal.signal(signal.SIGINT, before)
 
     @property
     def json(self) -> Path:
