@@ -9,12 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .chains import CONTROL
 from .plan import Choice, Json, Outcome, ResultRef, Stage
 
 if TYPE_CHECKING:
     from .runner import Run
-
-CONTROL = "control"
 
 
 def summarise(run: Run, outcome: Outcome, seconds: float) -> dict[str, Any]:

@@ -112,16 +112,8 @@ def stages(result: Table) -> Grid:
     new = [number(s["seconds"]) or 0.0 for s in result["stages"] if not s["reused"]]
     all_of_them = sum(number(s["seconds"]) or 0.0 for s in result["stages"])
     rows.append(("All stages, when they were trained", seconds(all_of_them), "", "", "", ""))
-    rows.append(
-        (
-            "Trained in this run",
-            seconds(sum(new)),
-            "",
-            "",
-            "",
-            f"{len(new)} of {counted(len(result['stages']), 'stage')}",
-        )
-    )
+    here = f"{len(new)} of {counted(len(result['stages']), 'stage')}"
+    rows.append(("Trained in this run", seconds(sum(new)), "", "", "", here))
     heads = ("Stage", "Time", "Steps", "Images / s", "FLOPs by member", "Result")
     return grid("Cost of each stage", heads, "text num num num long text", rows)
 
