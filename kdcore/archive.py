@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .codec import canonical
 from .errors import StorageError
-from .files import rename, storage_error, storing, sync
+from .files import rename, storage_error, storing, sync, temporary_name
 from .folders import FORMAT, verify
 from .reading import MOST, open_plain, parse_json
 
@@ -26,7 +26,7 @@ def pack(results: Path, keys: list[str], target: Path) -> None:
     Raises:
         StorageError: one of them is damaged, or there is no room; ``target`` is as it was.
     """
-    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    temporary = temporary_name(target)
     try:
         with storing(target):
             with tarfile.open(temporary, "w") as tar:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,11 +65,16 @@ def make_folder(path: Path) -> None:
         sync(path.parent)
 
 
+def temporary_name(path: Path) -> Path:
+    """The name beside ``path`` under which one thread (of all processes on this machine) prepares or removes it."""
+    return path.with_name(f".tmp-{threading.get_native_id()}-{path.name}")
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder as far as possible; its name goes at once, so that a kill leaves no half folder under it."""
     doomed = path
     if not path.name.startswith(".tmp-"):
-        doomed = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        doomed = temporary_name(path)
         try:
             os.rename(path, doomed)
         except OSError:
@@ -82,7 +88,7 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         StorageError: names the path and the bytes that were needed, e.g. when the disk is full.
     """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = temporary_name(path)
     try:
         with storing(path, len(data)):
             make_folder(path.parent)
@@ -101,7 +107,7 @@ def appearing(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: it cannot be written. ``path`` is as it was then, as after any other error.
     """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = temporary_name(path)
     try:
         with storing(path):
             make_folder(path.parent)

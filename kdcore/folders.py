@@ -38,7 +38,7 @@ def commit(parent: Path, name: str, content: Mapping[str, bytes]) -> None:
     Raises:
         StorageError: names the folder and the bytes that it needs; nothing of it is left.
     """
-    temporary = parent / f".tmp-{os.getpid()}-{name}"
+    temporary = files.temporary_name(parent / name)
     sealed = {**content, MANIFEST: _manifest(content)}
     try:
         with files.storing(parent / name, sum(map(len, sealed.values()))):

@@ -26,7 +26,7 @@ from typing import Any
 
 from . import archive
 from .errors import StorageError
-from .files import make_folder, remove_folder, rename, replace_file, storing, sync
+from .files import make_folder, remove_folder, rename, replace_file, storing, sync, temporary_name
 from .folders import DamagedError, FormatError, commit, verify
 from .locks import if_free, lock_file, try_lock
 from .reading import read_plain, read_table, safetensors_header
@@ -212,7 +212,7 @@ class Store:
 
     def unpack(self, source: Path) -> list[str]:
         """Adds the results of a tar file: all of them, or nothing if one is damaged. Returns the new keys."""
-        incoming = self.root / "results" / f".tmp-{os.getpid()}-{UNPACK}"
+        incoming = temporary_name(self.root / "results" / UNPACK)
         with self.lease(UNPACK, lambda holder: None):
             try:
                 with storing(incoming):
