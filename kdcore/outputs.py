@@ -24,26 +24,32 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes without the batch dimension, for losses that build adapters.
+    """What a loss is built for: shapes without the batch dimension, of the taps that it asked for.
 
     Args:
         classes: number of classes C.
-        student: tap name -> shape of the learner's feature.
+        student: tap name -> shape of the learner's feature, in the order of the model's taps.
         teacher: tap name -> shape of the source's feature; empty for a loss on labels alone.
         samples: size of the training split, for losses with a memory bank.
+        labels: [samples] int64, of the training split.
+        norms: tap name -> weight and bias [C] of the batch norm that comes last in the source's feature, where the
+            source names it.
     """
 
     classes: int
     samples: int
     student: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     teacher: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    labels: Tensor | None = None
+    norms: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Loss(Protocol):
     """A registered loss: a class with ``needs`` and ``build``.
 
     ``needs`` is a subset of {"logits", "taps", "index", "target"}; with "taps" the class has a static or class method
-    ``taps(options)``, which gives the names of the student's taps and those of the source's. ``build`` returns a module
+    ``taps(options)``, which gives the names of the student's taps and those of the source's; ``?`` and ``*`` in a name
+    stand for one or more characters, so ``"stage?"`` is every stage that a model has. ``build`` returns a module
     whose ``forward(student: Outputs, teacher: Outputs | None, batch: Batch)`` gives a scalar, or a dict of scalars that
     are summed. Parameters of the module are trained with its member and saved. An option that a knob may set is an
     attribute of the module of the same name. A module with a method ``with_cross_entropy`` computes cross-entropy in

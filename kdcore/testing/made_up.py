@@ -53,13 +53,22 @@ def _build(loss: Any, options: Options, shapes: Shapes, seed: int) -> nn.Module:
 def _candidates(loss: Any, options: Options) -> Iterator[Shapes]:
     """Shapes of taps to try: maps and vectors by name, then all of a kind; different widths, then equal ones."""
     own, other = loss.taps(options) if "taps" in loss.needs else ((), ())
+    own, other = _named(own), _named(other)
+    labels = torch.arange(SAMPLES) % CLASSES
 
     def shapes(names: Sequence[str], kind: Any, teacher: bool) -> dict[str, tuple[int, ...]]:
         return {name: (kind or (VECTOR if name == "pooled" else MAP))[teacher] for name in names}
 
     for teacher in (True, False):
         for kind in (None, MAP, VECTOR, TOKENS) if own or other else (None,):
-            yield Shapes(CLASSES, SAMPLES, shapes(own, kind, False), shapes(other, kind, teacher))
+            found = shapes(own, kind, False), shapes(other, kind, teacher)
+            norms = {tap: (torch.ones(shape[0]), torch.zeros(shape[0])) for tap, shape in found[1].items()}
+            yield Shapes(CLASSES, SAMPLES, *found, labels, norms)
+
+
+def _named(patterns: Sequence[str]) -> list[str]:
+    """Names for taps: of a pattern there are three."""
+    return [p.replace("?", digit) if "?" in p else p for p in patterns for digit in ("123" if "?" in p else "1")]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -81,15 +82,27 @@ class Learner:
             parameter.requires_grad_(trained)
 
 
+def tap_names(module: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
+    """The module's taps that fit one of the names, in its own order.
+
+    Raises:
+        PlanError: none fits one of them; lists the taps that there are.
+    """
+    taps = getattr(module, "taps", {})
+    wanted = tuple(patterns)
+    for pattern in wanted:
+        if not any(fnmatchcase(name, pattern) for name in taps):
+            raise PlanError(f"no tap {pattern!r}", where=type(module).__name__, fix=f"Taps: {', '.join(taps)}.")
+    return tuple(name for name in taps if any(fnmatchcase(name, pattern) for pattern in wanted))
+
+
 class Tapped:
     """Collects named features of a module while it runs, by forward hooks that exist only for what is asked."""
 
     def __init__(self, module: nn.Module, names: frozenset[str]) -> None:
         self.taps: dict[str, Tensor] = {}
-        paths = getattr(module, "taps", {})
+        paths: Mapping[str, str] = getattr(module, "taps", {})
         for name in sorted(names):
-            if name not in paths:
-                raise PlanError(f"no tap {name!r}", where=type(module).__name__, fix=f"Taps: {', '.join(paths)}.")
             module.get_submodule(paths[name]).register_forward_hook(partial(self._keep, name))
 
     def _keep(self, name: str, module: nn.Module, args: object, output: Tensor) -> None:

@@ -23,7 +23,7 @@ from ..store import Store
 from . import device as devices
 from . import memory
 from .knobs import Knobs
-from .member import Learner, LiveTerm, Tapped, build_model, classifies, load_weights, make_ema
+from .member import Learner, LiveTerm, Tapped, build_model, classifies, load_weights, make_ema, tap_names
 from .meters import Meters
 from .schedules import as_schedule, compile_schedule
 from .step import StepContext
@@ -187,34 +187,61 @@ def _build_models(
 
 
 def _build_terms(stage: Stage, learners: Mapping[str, Learner], catalog: Catalog, splits: Splits) -> None:
-    wanted = _wanted_taps(stage, catalog)
+    asked = {
+        name: [_taps(term, learner, learners, catalog) for term in learner.spec.terms]
+        for name, learner in learners.items()
+    }
     for name, learner in learners.items():
         if learner.spec.ema is not None:
             learner.ema = make_ema(learner.module, learner.spec.ema)  # before hooks, which it would copy
-        if wanted[name]:
-            learner.tapped = Tapped(learner.module, frozenset(wanted[name]))
+        wanted = {tap for own, _ in asked[name] for tap in own} | _asked_of(name, learners, asked)
+        if wanted:
+            learner.tapped = Tapped(learner.module, frozenset(wanted))
     shapes = {name: _tap_shapes(learner, splits) for name, learner in learners.items()}
     length = stage.length if stage.tick == "epoch" else stage.length // stage.tick
     for name, learner in learners.items():
-        for term in learner.spec.terms:
-            teacher = shapes[term.source] if term.source is not None else {}
-            info = Shapes(splits.info.classes, len(splits.train), shapes[name], teacher)
+        for term, (own, other) in zip(learner.spec.terms, asked[name], strict=True):
+            source = None if term.source is None else learners[term.source]
+            info = Shapes(
+                splits.info.classes,
+                len(splits.train),
+                {tap: shapes[name][tap] for tap in own},
+                {} if source is None else {tap: shapes[source.name][tap] for tap in other},
+                splits.train.labels,
+                {} if source is None else _norms(source.module, other),
+            )
             learner.terms.append(_build_term(term, info, catalog, length, stage, name))
             learner.terms[-1].module.to(next(learner.module.parameters()).device)
 
 
-def _wanted_taps(stage: Stage, catalog: Catalog) -> dict[str, set[str]]:
-    wanted: dict[str, set[str]] = {name: set() for name in stage.members}
-    for name, member in stage.members.items():
-        for term in member.terms:
-            entry = catalog.find("loss", term.loss)
-            cls = entry.load()
-            if "taps" in cls.needs:
-                own, other = cls.taps(entry.options_class()(**term.options))
-                wanted[name] |= set(own)
-                if term.source is not None:
-                    wanted[term.source] |= set(other)
-    return wanted
+def _taps(
+    term: Term, learner: Learner, learners: Mapping[str, Learner], catalog: Catalog
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The taps that a term needs of its learner and of its source."""
+    entry = catalog.find("loss", term.loss)
+    cls = entry.load()
+    if "taps" not in cls.needs:
+        return (), ()
+    own, other = cls.taps(entry.options_class()(**term.options))
+    teacher = () if term.source is None else tap_names(learners[term.source].module, other)
+    return tap_names(learner.module, own), teacher
+
+
+def _asked_of(name: str, learners: Mapping[str, Learner], asked: Mapping[str, list[Any]]) -> set[str]:
+    """The taps that other members' terms need of a source."""
+    terms = [
+        (term, taps)
+        for key, learner in learners.items()
+        for term, taps in zip(learner.spec.terms, asked[key], strict=True)
+    ]
+    return {tap for term, (_, other) in terms if term.source == name for tap in other}
+
+
+def _norms(module: nn.Module, taps: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight and bias of the batch norms that a model names for these taps."""
+    paths: Mapping[str, str] = getattr(module, "norms", {})
+    found = {tap: dict(module.get_submodule(paths[tap]).named_parameters()) for tap in taps if tap in paths}
+    return {tap: (norm["weight"].detach(), norm["bias"].detach()) for tap, norm in found.items()}
 
 
 def _tap_shapes(learner: Learner, splits: Splits) -> dict[str, tuple[int, ...]]:

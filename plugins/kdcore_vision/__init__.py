@@ -1,10 +1,10 @@
-"""Vision models: families with a size (mlp, cnn, resnet) and torchvision's classifiers."""
+"""Vision models: families with a size (mlp, cnn, resnet), the CIFAR zoo and torchvision's classifiers."""
 
 from __future__ import annotations
 
 import kdcore
 
-from .names import TORCHVISION
+from .names import CIFAR, TORCHVISION
 
 KDCORE_HOOKS = 1
 
@@ -19,6 +19,8 @@ def kdcore_register(registry: kdcore.Registrar) -> None:
     ):
         options = f"{here}.options:{name.title()}Options"
         registry.model(name, f"{here}.families:{name}", options=options, about=about)
+    for name in CIFAR:
+        registry.model(name, f"{here}.cifar:build_{name}", options="kdcore:Options", about="for 32x32 images")
     for name in TORCHVISION:
         target, options = f"{here}.torchvision_models:build_{name}", f"{here}.options:TorchvisionOptions"
         registry.model(name, target, options=options, about="torchvision's, without its weights")

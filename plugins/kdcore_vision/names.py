@@ -1,4 +1,4 @@
-"""torchvision's classifiers by name, written down so that listing them imports no torch."""
+"""Classifiers by name, written down so that listing them imports no torch."""
 
 from __future__ import annotations
 
@@ -19,3 +19,9 @@ TORCHVISION: tuple[str, ...] = (
 )
 # fmt: on
 """All of torchvision 0.26 but googlenet and inception_v3, which return auxiliary logits while they train."""
+
+CIFAR: tuple[str, ...] = (
+    "cifar_resnet8", "cifar_resnet14", "cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56",
+    "cifar_resnet110", "cifar_resnet8x4", "cifar_resnet32x4",
+)  # fmt: skip
+"""The zoo of :mod:`cifar`; prefixed, since torchvision has other models named resnet50 and vgg13."""
