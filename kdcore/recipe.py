@@ -179,6 +179,7 @@ def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
         controllers=tuple(_spec("controller", t, catalog, f"controller[{i}]") for i, t in enumerate(recipe.controller)),
         prepare=_prepare(catalog),
         model=lambda table: _strategy_model(table, recipe.strategy, catalog),
+        terms=lambda tables: _strategy_terms(tables, recipe.strategy, catalog),
     )
     _spec("executor", recipe.execute, catalog, "execute")
     _spec("failure_policy", recipe.execute.failure, catalog, "execute.failure")
@@ -233,6 +234,13 @@ def _strategy_model(table: Mapping[str, Json], strategy: Named, catalog: Catalog
     return _model(validate(ModelTable, table, where), catalog, where)
 
 
+def _strategy_terms(tables: Sequence[Mapping[str, Json]], strategy: Named, catalog: Catalog) -> tuple[Term, ...]:
+    """The objective that a strategy made of tables; errors name keys as :func:`_strategy_model` does."""
+    paths = [_find(table, strategy.extras, "strategy") or "strategy" for table in tables]
+    checked = [validate(ObjectiveTable, table, where) for table, where in zip(tables, paths, strict=True)]
+    return _objective(checked, catalog, paths)
+
+
 def _find(wanted: Any, data: Any, where: str) -> str:
     if data == wanted:
         return where
@@ -241,14 +249,15 @@ def _find(wanted: Any, data: Any, where: str) -> str:
     return next(filter(None, paths), "")
 
 
-def _objective(tables: Sequence[ObjectiveTable], catalog: Catalog) -> tuple[Term, ...]:
-    terms = tuple(_term(t, catalog, f"objective[{i}]") for i, t in enumerate(tables))
+def _objective(tables: Sequence[ObjectiveTable], catalog: Catalog, paths: Sequence[str] = ()) -> tuple[Term, ...]:
+    paths = paths or [f"objective[{i}]" for i in range(len(tables))]
+    terms = tuple(_term(table, catalog, where) for table, where in zip(tables, paths, strict=True))
     labels = [term.label for term in terms]
     for i, label in enumerate(labels):  # knobs and curves go by label; "loss" is the sum's
         if label in labels[:i] or label == "loss":
-            taken = f"objective[{labels.index(label)}]'s" if label in labels[:i] else "the sum's"
+            taken = f"{paths[labels.index(label)]}'s" if label in labels[:i] else "the sum's"
             fix = 'Give this one another: name = "...".'
-            raise RecipeError(f"the name {label!r} is {taken}", where=f"objective[{i}].name", fix=fix)
+            raise RecipeError(f"the name {label!r} is {taken}", where=f"{paths[i]}.name", fix=fix)
     return terms
 
 

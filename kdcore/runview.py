@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,6 +17,10 @@ class UnmeasuredError(Exception):
 
 def _unmeasured(what: ModelRef | Stage) -> Any:
     raise UnmeasuredError(str(what))
+
+
+def _no_terms(tables: Sequence[Mapping[str, Json]]) -> tuple[Term, ...]:
+    return tuple(Term(**table) for table in tables)
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,10 @@ class Strategy(Protocol):
 class RunView:
     """What a strategy knows of its run: the recipe's parts as plan words, and helpers that build and measure.
 
-    ``model(table)`` makes a model of a table in the strategy's options; ``measure(model)`` gives its
-    :class:`ModelCost`, and ``estimate(stage)`` the FLOPs that training a stage takes if nothing in it stops early. A
-    recipe is checked up to a strategy's first stage or first measure: name every model before.
+    ``model(table)`` makes a model of a table in the strategy's options, ``terms(tables)`` an objective of a list of
+    them; ``measure(model)`` gives a model's :class:`ModelCost`, and ``estimate(stage)`` the FLOPs that training a stage
+    takes if nothing in it stops early. A recipe is checked up to a strategy's first stage or first measure: name every
+    model and loss before.
     """
 
     seed: int
@@ -56,6 +61,7 @@ class RunView:
     teacher_optimizer: OptimizerSpec | None = None
     prepare: Callable[[Spec, Stage, RunView], Stage] = lambda spec, stage, run: stage
     model: Callable[[Mapping[str, Json]], ModelRef] = lambda table: ModelRef(**table)
+    terms: Callable[[Sequence[Mapping[str, Json]]], tuple[Term, ...]] = _no_terms
     measure: Callable[[ModelRef], ModelCost] = _unmeasured
     estimate: Callable[[Stage], int] = _unmeasured
 
