@@ -12,20 +12,18 @@ from dskd_figures import (
     DSKD,
     KD,
     PUBLISHED,
-    Spread,
     accuracy,
     by_seed,
     columns,
     gain,
     mean_gain,
     one_assistant,
-    paired,
     published_gain,
     shown,
     stops,
     unit,
 )
-from dskd_sections import interval
+from tables import Spread, interval, paired
 
 Table = Mapping[str, Any]
 

@@ -8,24 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tables import MEASURES, PLACES, read
+
 from kdcore.chains import Chain, chains, chosen, label, learners, stop
 from kdcore.codec import digest
 from kdcore.costs import costs
 from kdcore.journal import Journal
 from kdcore.progress import look
-from kdcore.store import Store
 
 Table = Mapping[str, Any]
-
-MEASURES = {
-    "test": "test_accuracy_last",
-    "test_at_best": "test_accuracy_at_best",
-    "monitor": "monitor_accuracy_last",
-    "best_monitor": "best_monitor_accuracy",
-}
-MEASURED = ("members", "flops", "events", "seconds", "member_seconds", "environment")
-"""Of a stage, what the store says too."""
-PLACES = {"root", "download"}  # where data lies says nothing of a result
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -56,12 +47,6 @@ def facts(folder: Path) -> dict[str, Any]:
         "labels": list(_labels(stages)),
         "chains": [_distilled(stages, chain) for chain in found],
     }
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """result.json of a run."""
-    content: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
-    return content
 
 
 def protocol(result: Table) -> dict[str, Any]:
@@ -127,14 +112,3 @@ def _figures(stage: Table, role: str) -> dict[str, Any]:
     measured = {name: member[key] for name, key in MEASURES.items()}
     work = {"seconds": round(stage["seconds"], 3), "flops": sum(stage["flops"].values()), "params": member["params"]}
     return {"seed": stage["seed"], "key": stage["key"][:12], **measured, **work}
-
-
-def unlike_store(folder: Path, store: Store) -> Iterator[str]:
-    """Says of every stage of a run whose stored result is gone, or is not what result.json says."""
-    for stage in read(folder)["stages"]:
-        stored = store.result(stage["key"])
-        where = f"{folder.name}, stage {stage['name']!r}, {stage['key'][:12]}"
-        if stored is None:
-            yield f"{where}: not in the store"
-        elif any(stored[name] != stage[name] for name in MEASURED):
-            yield f"{where}: the store says something else"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from tables import Spread, paired, spread
+
 from kdcore.chains import label
-from kdcore.compare import interval
 
 Table = Mapping[str, Any]
 
@@ -34,26 +35,6 @@ PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
 def shown(data: str) -> str:
     """A data set's name for people."""
     return data.upper().replace("CIFAR10", "CIFAR-10")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation of n values, and the mean's 95 % interval by Student's t; None below two."""
-
-    mean: float
-    n: int
-    sd: float | None
-    low: float | None
-    high: float | None
-
-
-def spread(values: Iterable[float]) -> Spread | None:
-    """None of no values."""
-    found = list(values)
-    if not found:
-        return None
-    sd = statistics.stdev(found) if len(found) > 1 else None
-    return Spread(statistics.fmean(found), len(found), sd, *interval(found))
 
 
 def unit(content: Table, part: str, name: str = "") -> Table | None:
@@ -99,11 +80,6 @@ def labels_by_seed(run: Table, model: str, role: str) -> dict[int, float]:
 def on_labels(run: Table, model: str, role: str) -> Spread | None:
     """The same over seeds."""
     return spread(labels_by_seed(run, model, role).values())
-
-
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Spread | None:
-    """Ours less theirs, over the seeds that both have."""
-    return spread(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
 
 
 def gain(run: Table, chain: str) -> Spread | None:

@@ -5,16 +5,14 @@ All runs share one store, so a stage that several parts need is trained once; a 
 
 from __future__ import annotations
 
-import os
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tables import ending
 
 import kdcore
 from kdcore.cli.console import RunConsole
@@ -158,29 +156,13 @@ def execute(unit: Unit, bench: Bench, deadline: float | None) -> Path | None:
     if deadline is not None and time.monotonic() >= deadline:
         return None
     try:
-        with _ending(deadline):
+        with ending(deadline):
             kdcore.run(bench.recipe, sets=unit.sets(bench), root=bench.runs, jobs=bench.jobs)
     except KeyboardInterrupt:
         if deadline is None or time.monotonic() < deadline:
             raise
         return None
     return found
-
-
-@contextmanager
-def _ending(deadline: float | None) -> Iterator[None]:
-    """Ctrl-C at the deadline, also where a shell has Ctrl-C ignored (nohup): the run ends with a checkpoint."""
-    if deadline is None:
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer = threading.Timer(max(deadline - time.monotonic(), 0), os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        signal.signal(signal.SIGINT, before)
 
 
 # ---------------------------------------------------------------- plan

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dskd_figures import DSKD, Spread, accuracy, columns, gain, on_labels, stops, unit, variants
+from dskd_figures import DSKD, accuracy, columns, gain, on_labels, stops, unit, variants
+from tables import interval, plus_minus, table
 
 from kdcore.cli.tree import choice_text
 
@@ -23,24 +24,6 @@ COST_HEADS = (
 
 
 # ---------------------------------------------------------------- cells
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown; a bar within a cell would end it."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
-
-
-def plus_minus(found: Spread | None) -> str:
-    """97.41 ± 0.12; of one value without a spread."""
-    return "" if found is None else f"{found.mean:.2f}" + ("" if found.sd is None else f" ± {found.sd:.2f}")
-
-
-def interval(found: Spread | None) -> str:
-    """+0.12 [-0.10, +0.34]; of one value without an interval."""
-    if found is None:
-        return ""
-    return f"{found.mean:+.2f}" + ("" if found.low is None else f" [{found.low:+.2f}, {found.high:+.2f}]")
 
 
 def accuracies(run: Table, variant: str, name: str, measure: str = "test") -> list[str]:

@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dskd_claims import COLLAPSE, claims
-from dskd_figures import (
-    DSKD,
-    KD,
-    PUBLISHED,
-    Spread,
-    accuracy,
-    columns,
-    gain,
-    labels_by_seed,
-    on_labels,
-    paired,
-    shown,
-    spread,
-    unit,
-)
-from dskd_sections import (
-    accuracies,
-    chains,
-    costs,
-    gains,
-    goals,
-    greedy,
-    interval,
-    labels,
-    patience,
-    plus_minus,
-    stop_epochs,
-    table,
-)
+from dskd_figures import DSKD, KD, PUBLISHED, accuracy, columns, gain, labels_by_seed, on_labels, shown, unit
+from dskd_sections import accuracies, chains, costs, gains, goals, greedy, labels, patience, stop_epochs
+from tables import Spread, interval, paired, plus_minus, spread, table
 
 Table = Mapping[str, Any]
 
@@ -66,18 +39,6 @@ WEAK = "not above the label-only control"
 def page(content: Table) -> str:
     """The whole page, as Markdown."""
     return "\n".join([*_head(content), *_sections(content)])
-
-
-def pretty(value: Any, indent: str = "") -> str:
-    """JSON in which a list or an object without others in it is one line."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if not any(isinstance(item, dict | list) for item in inner):
-        return json.dumps(value, allow_nan=False)
-    deeper = indent + " "
-    if isinstance(value, dict):
-        lines = [f"{deeper}{json.dumps(key)}: {pretty(item, deeper)}" for key, item in value.items()]
-        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-    return "[\n" + ",\n".join(f"{deeper}{pretty(item, deeper)}" for item in value) + f"\n{indent}]"
 
 
 # ---------------------------------------------------------------- head

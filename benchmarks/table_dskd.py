@@ -15,15 +15,16 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dskd_facts import facts, unlike_store
+from dskd_facts import facts
 from dskd_runs import PARTS, STRONG, Bench, Unit, execute, forecast, units
-from dskd_table import page, pretty
+from dskd_table import page
+from tables import pretty, unlike, unlike_store, written
 
-from kdcore.errors import KdError, StorageError
+from kdcore.errors import KdError
 from kdcore.files import replace_file
 from kdcore.store import Store
 
@@ -157,35 +158,16 @@ def _page(bench: Bench, out: Path) -> Path:
 
 def check(bench: Bench, out: Path) -> int:
     """Prints every difference between the table, its runs and their store; 1 if there is one."""
-    content = json.loads(_written(_json(bench, out)))
+    content = json.loads(written(_json(bench, out)))
     runs = {run["name"]: {"part": part, "run": run["run"]} for part, found in content["parts"].items() for run in found}
     again = json.loads(pretty(contents(bench, {"commands": content["commands"], "runs": runs})))
     found = [*unlike(content, again, "table")]
-    if _written(_page(bench, out)).decode() != page(content):
+    if written(_page(bench, out)).decode() != page(content):
         found.append(f"{_page(bench, out).name} is not what {_json(bench, out).name} gives")
     store = Store(bench.runs / "store")
     found += [text for entry in runs.values() for text in unlike_store(bench.runs / entry["run"], store)]
     print("\n".join(found) or "The table is what its runs and their store say.")
     return 1 if found else 0
-
-
-def _written(path: Path) -> bytes:
-    """The content of one of the table's files."""
-    if not path.is_file():
-        raise StorageError("there is no table to check", where=str(path), fix="Train it: leave out --check.")
-    return path.read_bytes()
-
-
-def unlike(here: Any, there: Any, where: str) -> Iterator[str]:
-    """Every place at which two JSON values differ."""
-    if isinstance(here, dict) and isinstance(there, dict):
-        for key in [*here, *(key for key in there if key not in here)]:
-            yield from unlike(here.get(key), there.get(key), f"{where}.{key}")
-    elif isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
-        for number, (one, other) in enumerate(zip(here, there, strict=True)):
-            yield from unlike(one, other, f"{where}.{number}")
-    elif here != there:
-        yield f"{where}: {here!r} in the table, {there!r} in the runs"
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import table_dskd  # noqa: E402
 from dskd_claims import HELD, NOT_HELD, NOT_TESTABLE, claims  # noqa: E402
-from dskd_figures import columns, spread  # noqa: E402
+from dskd_figures import columns  # noqa: E402
 from dskd_runs import Bench, execute, units  # noqa: E402
-from dskd_table import page, pretty  # noqa: E402
+from dskd_table import page  # noqa: E402
+from tables import pretty, spread  # noqa: E402
 
 TINY = """
 threads = 1

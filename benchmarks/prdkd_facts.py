@@ -1,0 +1,79 @@
+"""What the table of class-normalised distillation says of a finished run: plain figures out of its result.json."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tables import MEASURES, PLACES, read
+
+from kdcore.codec import digest
+from kdcore.progress import look
+
+Table = Mapping[str, Any]
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """The figures of a finished run of the strategy ``variants``."""
+    result = read(folder)
+    stages = {stage["key"]: stage for stage in result["stages"]}
+    about = protocol(result)
+    return {
+        "run": folder.name,
+        "finished": result["run"]["finished"],
+        "wall_seconds": look(folder, stages).seconds,
+        "jobs": json.loads((folder / "run.json").read_bytes())["jobs"],
+        "tag": digest(about)[:8],
+        "protocol": about,
+        "versions": result["versions"],
+        "environment": next(iter(stages.values()))["environment"],
+        "warnings": list(dict.fromkeys(result["warnings"])),
+        "choices": [{key: choice[key] for key in ("text", "margin", "error")} for choice in result["choices"]],
+        "teacher": {name: result["teacher"][key] for name, key in MEASURES.items()},
+        "grid": list(_grid(result)),
+        "students": [_student(name, row) for name, rows in result["replicates"].items() for row in rows],
+        "stages": [_stage(stage) for stage in stages.values()],
+    }
+
+
+def protocol(result: Table) -> dict[str, Any]:
+    """All that figures depend on which are to be compared."""
+    recipe, found = result["recipe"], result["protocol"]
+    return {
+        "data": {key: value for key, value in recipe["data"].items() if key not in PLACES},
+        "images": {name: found[f"{name}_images"] for name in ("train", "monitor", "test")},
+        "selection": found["selection"],
+        "seeds": found["seeds"],
+        "train": recipe["train"],
+        "strategy": recipe["strategy"],
+        "models": [recipe[role]["model"] for role in ("teacher", "student")],
+        "precision": recipe["precision"],
+        "threads": recipe["threads"],
+    }
+
+
+def _grid(result: Table) -> Iterator[dict[str, Any]]:
+    """Every point that was tried, with its accuracy on the monitor split."""
+    tried = {name: member for stage in result["stages"] for name, member in stage["members"].items()}
+    for variant in result["recipe"]["strategy"]["variant"]:
+        grid = variant.get("grid", {})
+        for number, values in enumerate(itertools.product(*grid.values()), 1) if grid else ():
+            found = tried[f"{variant['name']}-{number}"]
+            point = dict(zip(grid, values, strict=True))
+            yield {"variant": variant["name"], "point": point, "monitor": found["monitor_accuracy_last"]}
+
+
+def _student(name: str, row: Table) -> dict[str, Any]:
+    measured = {measure: row[key] for measure, key in MEASURES.items()}
+    return {"variant": name, "seed": row["seed"], "key": row["stage"][:12], **measured}
+
+
+def _stage(stage: Table) -> dict[str, Any]:
+    return {
+        "name": stage["name"],
+        "seconds": round(stage["seconds"], 3),
+        "images_per_second": stage["images_per_second"],
+    }
