@@ -19,10 +19,6 @@ def _unmeasured(what: ModelRef | Stage) -> Any:
     raise UnmeasuredError(str(what))
 
 
-def _no_terms(tables: Sequence[Mapping[str, Json]]) -> tuple[Term, ...]:
-    return tuple(Term(**table) for table in tables)
-
-
 @dataclass(frozen=True)
 class ModelCost:
     """Number of parameters, and FLOPs of one image forward (two for a multiply-add)."""
@@ -61,7 +57,9 @@ class RunView:
     teacher_optimizer: OptimizerSpec | None = None
     prepare: Callable[[Spec, Stage, RunView], Stage] = lambda spec, stage, run: stage
     model: Callable[[Mapping[str, Json]], ModelRef] = lambda table: ModelRef(**table)
-    terms: Callable[[Sequence[Mapping[str, Json]]], tuple[Term, ...]] = _no_terms
+    terms: Callable[[Sequence[Mapping[str, Json]]], tuple[Term, ...]] = lambda tables: tuple(
+        Term(**table) for table in tables
+    )
     measure: Callable[[ModelRef], ModelCost] = _unmeasured
     estimate: Callable[[Stage], int] = _unmeasured
 

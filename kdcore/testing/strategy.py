@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import SkipTest
 
@@ -45,10 +45,17 @@ def run_view(**changes: Any) -> RunView:
         data=SourceSpec(Spec("digits")),
         epochs=3,
         model=lambda table: ModelRef(table["model"], {k: v for k, v in table.items() if k != "model"}),
+        terms=lambda tables: tuple(map(_term, tables)),
         measure=lambda model: ModelCost(1000 * _size(model), 1000 * _size(model)),
         estimate=lambda stage: 1000 * stage.length * sum(_size(member.model) for member in stage.members.values()),
     )
     return dataclasses.replace(view, **changes)
+
+
+def _term(table: Mapping[str, Any]) -> Term:
+    options = {key: value for key, value in table.items() if key not in ("loss", "weight", "name")}
+    source = None if table["loss"] == "cross_entropy" else "teacher"
+    return Term(table["loss"], source, table.get("weight", 1.0), options, table.get("name", ""))
 
 
 def _size(model: ModelRef) -> int:
