@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -297,7 +297,7 @@ def _source(recipe: Recipe, catalog: Catalog) -> SourceSpec:
     table = recipe.data
     drop_last = table.drop_last
     if drop_last is None:  # a ragged batch would have other class statistics than the rest
-        drop_last = any(t.extras.get("normalize") == "class" for t in recipe.objective)
+        drop_last = "class" in _values("normalize", [*(t.extras for t in recipe.objective), recipe.strategy.extras])
     return SourceSpec(
         dataset=_spec("dataset", table, catalog, "data"),
         batch_size=table.batch_size,
@@ -307,6 +307,14 @@ def _source(recipe: Recipe, catalog: Catalog) -> SourceSpec:
         transforms=_transforms(table, catalog),
         source=_spec("source", table.source, catalog, "data.source"),
     )
+
+
+def _values(key: str, data: Any) -> Iterator[Any]:
+    """What stands under ``key`` in any table of ``data``."""
+    if isinstance(data, Mapping) and key in data:
+        yield data[key]
+    for item in data.values() if isinstance(data, Mapping) else data if isinstance(data, list | tuple) else ():
+        yield from _values(key, item)
 
 
 def _transforms(table: DataTable, catalog: Catalog) -> tuple[Spec, ...]:

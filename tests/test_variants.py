@@ -14,6 +14,8 @@ from small import make_run
 import kdcore
 from kdcore import Choice, MemberResult, RecipeError, Result, Spec
 from kdcore.options import validate
+from kdcore.plugins import load_plugins
+from kdcore.recipe import compile_recipe, load
 from kdcore.testing.strategy import run_view
 
 LABELS = {"loss": "cross_entropy"}
@@ -122,6 +124,14 @@ def test_the_variant_that_is_best_over_seeds_is_delivered_by_its_first_seed():
 def test_what_cannot_be_is_refused_before_anything_is_trained(variants, text):
     with pytest.raises(RecipeError, match=text):
         drive({}, variants)
+
+
+def test_a_class_normalised_variant_leaves_out_the_ragged_last_batch():
+    recipe = {**RECIPE, "data": {"name": "digits", "batch_size": 128}}
+    catalog = load_plugins().catalog
+    assert compile_recipe(load(recipe), catalog)[0].data.drop_last
+    plain = {**recipe, "strategy": {"name": "variants", "variant": [variant("kd")]}}
+    assert not compile_recipe(load(plain), catalog)[0].data.drop_last
 
 
 def test_controllers_are_refused():
