@@ -37,9 +37,16 @@ def hcl(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 def _stage(own: Tensor, other: Tensor) -> Tensor:
     sizes = [size for size in LEVELS if size < own.shape[2]]
-    pooled = [[F.adaptive_avg_pool2d(side, size) for side in (own, other)] for size in sizes]
+    pooled = [[pool(side, size) for side in (own, other)] for size in sizes]
     parts = [F.mse_loss(*sides) / 2**level for level, sides in enumerate([[own, other], *pooled])]
     return sum(parts) / (2 - 2.0 ** -len(sizes))  # the sum of the weights
+
+
+def pool(features: Tensor, size: int) -> Tensor:
+    """Adaptive average pooling of maps to [B, C, size, size], by products: their gradient is deterministic on a GPU."""
+    eyes = [torch.eye(side, dtype=features.dtype, device=features.device) for side in features.shape[2:]]
+    rows, columns = (F.adaptive_avg_pool1d(eye, size) for eye in eyes)
+    return rows.T @ features @ columns
 
 
 class Fusion(nn.Module):
