@@ -25,13 +25,13 @@ from .options import CRDOptions
 from .pairs import features, pairs
 
 EPS = 1e-7
-BITS = 31  # of a random integer that chooses a sample: the bias is N / 2^31
+BITS = 31  # of a random integer that chooses a sample: its bias is at most N / 2^31
 
 
 def scores(vectors: Tensor, bank: Tensor, index: Tensor, temperature: float) -> Tensor:
     """Similarities over the temperature, [B, 1 + K]: the logarithm of x up to Z.
 
-    All N products are computed: 64 x 45,000 take a tenth of the time of a copy of 64 x 16,384 rows, and less memory.
+    All N products are computed: on a CPU core, 64 x 45,000 take a tenth of the time of a copy of 64 x 16,384 rows.
 
     Args:
         vectors: [B, D], of length 1.
@@ -39,7 +39,7 @@ def scores(vectors: Tensor, bank: Tensor, index: Tensor, temperature: float) -> 
         index: [B, 1 + K] int64, rows of the bank.
         temperature: T.
     """
-    # Gradients of a sample that was drawn twice are equal, so that their sum is exact in any order on a GPU, too.
+    # A sample that was drawn twice adds equal gradients: their sum is the same in any order, as a GPU may take them.
     return (vectors @ bank.T).gather(1, index) / temperature
 
 
@@ -65,7 +65,10 @@ def contrast(scores: Tensor, log_z: Tensor, samples: int) -> Tensor:
 
 
 def moved(bank: Tensor, index: Tensor, vectors: Tensor, momentum: float) -> Tensor:
-    """The bank [N, D] with the rows at ``index`` [B] moved towards ``vectors`` [B, D]; the old one stays as it is."""
+    """A copy of the bank [N, D] with the rows at ``index`` [B] moved towards ``vectors`` [B, D].
+
+    The old one belongs to the graph of this step, which still has its backward pass to run.
+    """
     rows = momentum * bank[index] + (1 - momentum) * vectors.detach()
     return bank.index_copy(0, index, F.normalize(rows, dim=1))
 
