@@ -11,6 +11,9 @@ import kdcore
 KDCORE_HOOKS = 1
 
 LOSSES = (  # name, "file:Class", options class in options.py, about
+    ("crd", "crd:CRD", "CRDOptions", "contrastive representation distillation, with memory banks"),
+    ("ofd", "ofd:OFD", "OFDOptions", "features before the activation, through a margin (overhaul of features)"),
+    ("reviewkd", "reviewkd:ReviewKD", "ReviewKDOptions", "knowledge review: fused features, compared at four sizes"),
 )
 
 
