@@ -23,7 +23,7 @@ def cc_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int 
     K_ij is the Gaussian kernel exp(-gamma |x_i - x_j|^2) of features of length 1, as its Taylor series up to ``order``:
     exp(-2 gamma) times the sum of (2 gamma)^p / p! (x_i . x_j)^p.
 
-    Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019 (arXiv 1904.01802), sections 3.2 and 3.3.
+    Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019 (arXiv 1904.01802).
 
     Args:
         student: [B, ...], floating.

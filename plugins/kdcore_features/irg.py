@@ -36,7 +36,8 @@ def irg_loss(
     squared and divided by the farthest. E is the mean over the stages, T over the steps between them. Maps are averaged
     over the image; where stages have different widths, channels are averaged to the smaller.
 
-    Liu et al., Knowledge Distillation via Instance Relationship Graph, CVPR 2019, sections 3.1 to 3.3.
+    Liu et al., Knowledge Distillation via Instance Relationship Graph, CVPR 2019. The weights are those
+    of the public PyTorch code; its authors' own is for Caffe.
 
     Args:
         student: features of the stages, shallow to deep, each [B, C, ...], floating.

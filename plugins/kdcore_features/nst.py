@@ -19,8 +19,7 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     A channel is flattened and divided by its length; mean k(t, t) + mean k(s, s) - 2 mean k(s, t), over samples and
     pairs of channels.
 
-    Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017 (arXiv 1707.01219),
-    equations 4 and 6.
+    Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017 (arXiv 1707.01219).
 
     Args:
         student: [B, C, H, W], floating.

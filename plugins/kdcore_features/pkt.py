@@ -26,7 +26,7 @@ def pkt_loss(student: Tensor, teacher: Tensor, *, variant: Variant = "public") -
     lengths in the cosine are raised by 1e-7.
 
     Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018
-    (arXiv 1803.10837), equations 3 to 5.
+    (arXiv 1803.10837), section 3.
 
     Args:
         student: [B, ...], floating.

@@ -32,7 +32,7 @@ def rkd_loss(
     D compares the distances of two samples divided by the mean distance, A the cosines of the angles at a sample
     between two others. Two equal samples have a distance of 1e-6 and no direction; neither gives a gradient.
 
-    Park et al., Relational Knowledge Distillation, CVPR 2019 (arXiv 1904.05068), equations 5 to 9.
+    Park et al., Relational Knowledge Distillation, CVPR 2019 (arXiv 1904.05068), section 3.2.
 
     Args:
         student: [B, ...], floating; B from 2.

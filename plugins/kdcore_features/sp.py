@@ -11,7 +11,7 @@ from .vectors import unit
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """|G_s - G_t|^2 / B^2, where G = F F^T of the flattened features, each row divided by its length.
 
-    Tung and Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019 (arXiv 1907.09682), equations 2 to 4.
+    Tung and Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019 (arXiv 1907.09682), section 3.
 
     Args:
         student: [B, ...], floating.
