@@ -189,7 +189,7 @@ def test_weights_that_are_not_finite_never_reach_a_file(tmp_path):
 def test_a_batch_of_one_with_class_normalisation_is_refused_before_the_first_step(tmp_path):
     sets = ["data.batch_size=1", "objective.1.normalize=class"]
     run = make_run(tmp_path, sets=sets)
-    with pytest.raises(DataError, match=r"data.batch_size: a batch of 1 has no class statistics"):
+    with pytest.raises(DataError, match=r"data.batch_size: a batch of 1 is too small for loss 'core/kd'"):
         run.execute()
     assert [record["name"] for record in run.journal.of("start")] == ["mlp-2 on labels"]
 

@@ -103,12 +103,12 @@ def check(session: Session) -> None:
         raise _refused(session, f"step {step!r} takes no pieces", "Lower data.batch_size.")
     for learner in session.learners.values():
         for term in learner.live():
-            if getattr(term.module, "min_batch", 1) > 1:
-                what = f"class statistics want whole batches (loss {term.label!r} of {learner.name})"
-                raise _refused(session, what, "Lower data.batch_size, or take a loss without class statistics.")
             if not getattr(term.module, "mean_over_batch", True):
                 what = f"loss {term.label!r} of {learner.name} compares the samples of a batch"
                 raise _refused(session, what, "Lower data.batch_size, or take a loss that is a mean over samples.")
+            if getattr(term.module, "min_batch", 1) > 1:
+                what = f"class statistics want whole batches (loss {term.label!r} of {learner.name})"
+                raise _refused(session, what, "Lower data.batch_size, or take a loss without class statistics.")
 
 
 def _refused(session: Session, what: str, fix: str) -> DeviceError:

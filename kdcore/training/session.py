@@ -318,7 +318,7 @@ def _check_batches(stage: Stage, splits: Splits, learners: Mapping[str, Learner]
     for learner in learners.values():
         for term in learner.terms:
             if smallest < getattr(term.module, "min_batch", 1):
-                problem = f"a batch of {smallest} has no class statistics (loss {term.spec.loss!r})"
+                problem = f"a batch of {smallest} is too small for loss {term.spec.loss!r}, which looks across samples"
                 raise DataError(problem, where="data.batch_size", fix="Use at least 2, and drop_last = true.")
 
 

@@ -14,6 +14,13 @@ LOSSES = (  # name, "file:Class", options class in options.py, about
     ("crd", "crd:CRD", "CRDOptions", "contrastive representation distillation, with memory banks"),
     ("ofd", "ofd:OFD", "OFDOptions", "features before the activation, through a margin (overhaul of features)"),
     ("reviewkd", "reviewkd:ReviewKD", "ReviewKDOptions", "knowledge review: fused features, compared at four sizes"),
+    ("at", "at:AT", "ATOptions", "attention maps of the stages"),
+    ("sp", "sp:SP", "TapOptions", "similarities between the samples of a batch"),
+    ("pkt", "pkt:PKT", "PKTOptions", "probabilities that samples are neighbours"),
+    ("rkd", "rkd:RKD", "RKDOptions", "distances and angles between samples"),
+    ("nst", "nst:NST", "TapOptions", "distributions of the stages' channels over the image"),
+    ("cc", "cc:CC", "CCOptions", "correlations between samples under a Gaussian kernel"),
+    ("irg", "irg:IRG", "IRGOptions", "graphs of samples and distances, and their changes between stages"),
 )
 
 

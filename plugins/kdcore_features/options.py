@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 from kdcore import Field, Options
 
+Variant: TypeAlias = Literal["public", "paper"]
+
 TAPS = 'a list of taps such as ["stage?"] or ["stage2", "stage3"]'
+VARIANT = '"public" (the form of published tables) or "paper"'
 
 
 class TapOptions(Options):
@@ -31,3 +36,34 @@ class OFDOptions(TapOptions):
 class ReviewKDOptions(TapOptions):
     student: tuple[str, ...] = Field(("stage?", "pooled"), min_length=1, description=TAPS)
     teacher: tuple[str, ...] = Field(("stage?_pre", "pooled"), min_length=1, description=TAPS)
+class PooledOptions(TapOptions):
+    """Which features are compared: the vectors before the heads, unless it says otherwise."""
+
+    student: tuple[str, ...] = Field(("pooled",), min_length=1, description=TAPS)
+    teacher: tuple[str, ...] = Field(("pooled",), min_length=1, description=TAPS)
+
+
+class ATOptions(TapOptions):
+    p: int = Field(2, ge=1, description="a power from 1")
+    variant: Variant = Field("public", description=VARIANT)
+
+
+class PKTOptions(PooledOptions):
+    variant: Variant = Field("public", description=VARIANT)
+
+
+class RKDOptions(PooledOptions):
+    distance_weight: float = Field(25.0, ge=0, description="a weight from 0")
+    angle_weight: float = Field(50.0, ge=0, description="a weight from 0")
+    squared: bool = Field(False, description="true to compare squared distances")
+
+
+class CCOptions(PooledOptions):
+    gamma: float = Field(0.4, gt=0, description="a number above 0, the fall of the Gaussian kernel")
+    order: int = Field(2, ge=1, description="a number from 1, the terms of the kernel's series")
+
+
+class IRGOptions(TapOptions):
+    vertex: float = Field(0.1, ge=0, description="a weight from 0")
+    edge: float = Field(5.0, ge=0, description="a weight from 0")
+    transformation: float = Field(5.0, ge=0, description="a weight from 0")

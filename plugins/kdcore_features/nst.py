@@ -1,0 +1,45 @@
+"""NST: the distribution of a stage's channels over the image."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from torch import Tensor
+
+from kdcore import Shapes
+
+from .maps import alike, map_pairs
+from .paired import Paired
+from .vectors import unit
+
+
+def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """The squared maximum mean discrepancy between the channels of two maps, under the kernel k(a, b) = (a . b)^2.
+
+    A channel is flattened and divided by its length; mean k(t, t) + mean k(s, s) - 2 mean k(s, t), over samples and
+    pairs of channels.
+
+    Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017 (arXiv 1707.01219).
+
+    Args:
+        student: [B, C, H, W], floating.
+        teacher: [B, C', H', W']; the larger map is pooled to the smaller; it gets no gradient.
+    """
+    own, other = (unit(maps.flatten(2)) for maps in alike(student, teacher.detach()))
+    return _kernel(other, other) + _kernel(own, own) - 2 * _kernel(own, other)
+
+
+def _kernel(one: Tensor, two: Tensor) -> Tensor:
+    """[B, C, H W], [B, C', H W] -> the mean."""
+    return (one @ two.mT).square().mean()
+
+
+class NST(Paired):
+    """The registered loss ``nst``."""
+
+    @classmethod
+    def build(cls, shapes: Shapes, options: Any) -> Self:
+        return cls(map_pairs(shapes))
+
+    def compare(self, own: Tensor, other: Tensor) -> Tensor:
+        return nst_loss(own, other)
