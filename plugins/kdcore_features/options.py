@@ -36,6 +36,8 @@ class OFDOptions(TapOptions):
 class ReviewKDOptions(TapOptions):
     student: tuple[str, ...] = Field(("stage?", "pooled"), min_length=1, description=TAPS)
     teacher: tuple[str, ...] = Field(("stage?_pre", "pooled"), min_length=1, description=TAPS)
+
+
 class PooledOptions(TapOptions):
     """Which features are compared: the vectors before the heads, unless it says otherwise."""
 
