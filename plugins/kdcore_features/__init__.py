@@ -11,6 +11,10 @@ import kdcore
 KDCORE_HOOKS = 1
 
 LOSSES = (  # name, "file:Class", options class in options.py, about
+    ("dist", "dist:Dist", "DistOptions", "DIST: Pearson's correlation across classes and across the batch"),
+    ("nkd", "nkd:NKD", "NKDOptions", "NKD: the target class by the teacher's share, the others among themselves"),
+    ("normkd", "normkd:NormKD", "NormKDOptions", "NormKD: a temperature of each sample's own, for KD or DKD"),
+    ("mlkd", "mlkd:MLKD", "MLKDOptions", "MLKD: instance, batch and class level at five temperatures"),
 )
 
 
