@@ -92,7 +92,7 @@ def test_float32_is_as_good_as_the_public_float32(name, case):
 
 
 def public_mlkd(case, weak, strong, t_weak, t_strong):
-    """Its three faults: the masks are shares, not choices; "strong" at T = 2 and 6 is the weak view; CE belongs to it."""
+    """With its slips: the masks are shares and not choices, and "strong" at T = 2 and 6 is the weak view."""
     hp, target = case["hp"], torch.from_numpy(case["target"])
     normalize = "instance" if hp.get("logit_stand") else "none"
     p = t_weak.softmax(1)
