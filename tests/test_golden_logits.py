@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from golden_cases import check_float64, load
-from kdcore_features.dist import dist_loss
-from kdcore_features.mlkd import at_most_median, batch_level, class_level, instance_level, mlkd_loss
+from kdcore_features.dist import Dist, dist_loss
+from kdcore_features.mlkd import MLKD, at_most_median, batch_level, class_level, instance_level, mlkd_loss
 from kdcore_features.nkd import nkd_loss
 from kdcore_features.normkd import normkd_dkd_loss, normkd_loss
+from kdcore_features.options import DistOptions, MLKDOptions
 
+import kdcore
 from kdcore.losses import kd_loss
 
 # The public losses in the product's terms: each source has its own names of the hyper-parameters.
@@ -140,6 +142,29 @@ def test_only_unsure_samples_and_classes_count():
         by_sample, by_class = (p_t @ p_t.T - p_s @ p_s.T) ** 2, (p_t.T @ p_t - p_s.T @ p_s) ** 2
         expected += divergence[rows].sum() / 7 + by_sample[rows].sum() / 7 + by_class[classes].sum() / 5
     assert mlkd_loss(s, t, (4.0, 3.0)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_two_views_are_the_halves_of_the_batch_and_the_strong_one_counts_by_instance_alone():
+    s, t = torch.randn(2, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    module = MLKD(MLKDOptions(views=2, beside=(3.0,), normalize="instance"))
+    found = module(kdcore.Outputs(s), kdcore.Outputs(t), None)
+    weakly = mlkd_loss(s[:4], t[:4], (4.0, 3.0), "instance")
+    assert found == weakly + instance_level(s[4:], t[4:], (4.0, 3.0), "instance")
+    with pytest.raises(ValueError, match=r'not 7 together\. Name the transform "views"'):
+        module(kdcore.Outputs(s[:7]), kdcore.Outputs(t[:7]), None)
+
+
+def test_samples_that_are_compared_with_each_other_are_not_to_be_cut():
+    assert (Dist(DistOptions()).min_batch, Dist(DistOptions()).mean_over_batch) == (2, False)
+    assert (Dist(DistOptions(gamma=0)).min_batch, Dist(DistOptions(gamma=0)).mean_over_batch) == (1, True)
+    assert not MLKD(MLKDOptions()).mean_over_batch
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_papers_dist_has_no_squared_temperature(temperature):
+    s, t = torch.randn(2, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    public, paper = (dist_loss(s, t, temperature=temperature, variant=variant) for variant in ("public", "paper"))
+    torch.testing.assert_close(public, temperature**2 * paper)
 
 
 # ---------------------------------------------------------------- what public code does not survive

@@ -100,6 +100,8 @@ class MLKD(nn.Module):
         super().__init__()
         self.temperature, self.beside = options.temperature, options.beside
         self.normalize, self.views = options.normalize, options.views
+        if options.views == 2:  # a sample's place counts, so no gradient share can be measured on plain samples
+            self.needs = self.needs | {"index"}
 
     @classmethod
     def build(cls, shapes: Shapes, options: MLKDOptions) -> Self:
