@@ -31,6 +31,7 @@ _EXPORTS = {
     "data": "Dataset Split TrainData DataInfo Batch Random Source SourceContext",
     "outputs": "Outputs Shapes Loss",
     "training.step": "StepContext",
+    "transforms": "TransformContext",
     "api": "run distill",
     "runresult": "RunResult",
     "seeds": "derive",
@@ -109,6 +110,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .runview import Strategy as Strategy
     from .seeds import derive as derive
     from .training.step import StepContext as StepContext
+    from .transforms import TransformContext as TransformContext
 else:
 
     def __getattr__(name: str) -> Any:

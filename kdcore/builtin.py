@@ -31,6 +31,12 @@ def kdcore_register(registry: Registrar) -> None:
                        about="random translation by at most n pixels, zeros outside (pad-and-crop)")  # fmt: skip
     registry.transform("flip", f"{sets}.augment:Flip", options="kdcore.options:Options",
                        about="random horizontal flip")  # fmt: skip
+    registry.transform("mixup", f"{sets}.mix:MixUp", options=f"{sets}.options:MixUpOptions",
+                       about="weighted means of two samples and of their labels")  # fmt: skip
+    registry.transform("cutmix", f"{sets}.mix:CutMix", options=f"{sets}.options:CutMixOptions",
+                       about="a box of another sample, labels by the pixels")  # fmt: skip
+    registry.transform("views", f"{sets}.mix:Views", options=f"{sets}.options:ViewsOptions",
+                       about="two copies of the batch, one augmented weakly, one strongly")  # fmt: skip
 
     training = "kdcore.training"
     registry.step("distill", f"{training}.step:Distill", options="kdcore.options:Options",

@@ -16,6 +16,7 @@ from .job import Job, Settings
 from .plan import BASE_METRICS, Json, Schedule, SourceSpec, Stage
 from .reading import open_plain
 from .registry import Catalog
+from .transforms import every
 
 
 @dataclass
@@ -85,7 +86,7 @@ def names(stage: Stage, catalog: Catalog) -> Iterator[tuple[str, str]]:
     """(kind, name) of everything whose code can change what a stage trains."""
     yield "step", stage.step.name
     yield "source", stage.data.source.name
-    yield from (("transform", spec.name) for spec in stage.data.transforms)
+    yield from (("transform", spec.name) for spec in every(stage.data.transforms, catalog))
     for spec in stage.controllers:
         yield "controller", spec.name
         needs = catalog.find("controller", spec.name).load().needs

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .plan import ModelRef, SourceSpec, Stage
+from .plan import ModelRef, SourceSpec, Spec, Stage
 from .registry import Catalog
 from .runview import ModelCost
 
@@ -49,5 +50,11 @@ class Measure:
         images = len(splits.train) // size * size if stage.data.drop_last else len(splits.train)
         if stage.tick != "epoch":
             images = size
+        images *= math.prod(_copies(spec, self.catalog) for spec in stage.data.transforms)
         passes = (self.model(m.model).flops * (3 if m.terms else 1) for m in stage.members.values())
         return sum(passes) * images * stage.length
+
+
+def _copies(spec: Spec, catalog: Catalog) -> int:
+    """How many samples a transform makes of one."""
+    return int(getattr(catalog.find("transform", spec.name).options_class(), "copies", 1))

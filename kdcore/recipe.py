@@ -17,6 +17,7 @@ from .overrides import override, read
 from .plan import Json, ModelRef, OptimizerSpec, Schedule, SourceSpec, Spec, Stage, Term
 from .registry import Catalog, Entry
 from .runview import RunView
+from .transforms import holders
 
 
 class Table(Plain):
@@ -321,9 +322,20 @@ def _transforms(table: DataTable, catalog: Catalog) -> tuple[Spec, ...]:
     """``shift`` and ``flip``, which most recipes want, come before the list."""
     short = [Named.model_validate({"name": "shift", "pixels": table.shift})] if table.shift else []
     short += [Named(name="flip")] if table.flip else []
-    first = [_spec("transform", t, catalog, f"data.{t.name}") for t in short]
-    rest = [_spec("transform", t, catalog, f"data.transforms[{i}]") for i, t in enumerate(table.transforms)]
+    first = [_transform(t, catalog, f"data.{t.name}") for t in short]
+    rest = [_transform(t, catalog, f"data.transforms[{i}]") for i, t in enumerate(table.transforms)]
     return (*first, *rest)
+
+
+def _transform(table: Named, catalog: Catalog, where: str) -> Spec:
+    """With those that its options hold checked too: as tables of their full name and all their options."""
+    spec = _spec("transform", table, catalog, where)
+    options = dict(spec.options)
+    for key in holders(spec.name, catalog):
+        tables = [validate(Named, item, f"{where}.{key}[{i}]") for i, item in enumerate(options[key])]
+        parts = [_transform(item, catalog, f"{where}.{key}[{i}]") for i, item in enumerate(tables)]
+        options[key] = [{"name": part.name, **part.options} for part in parts]
+    return Spec(spec.name, options)
 
 
 def _prepare(catalog: Catalog) -> Any:

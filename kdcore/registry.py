@@ -151,7 +151,8 @@ class Registrar:
 
     def transform(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
         """Augmentation on the device: a class constructed with its options, called with ``(batch, random)``, that
-        returns a batch. ``knobs``, if it has them, join ``data.NAME``.
+        returns a batch. ``knobs``, if it has them, join ``data.NAME``. One with a class method ``build(options,
+        context)`` is built by it and told of the data: see :class:`kdcore.TransformContext`.
         """
         self._add("transform", name, target, options, about)
 

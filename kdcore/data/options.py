@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator
+
 from ..options import Field, Options
 
 
@@ -31,3 +35,26 @@ class TorchvisionOptions(Options):
 
 class ShiftOptions(Options):
     pixels: int = Field(ge=1, description="the largest shift in pixels, at least 1, such as 4 for 32x32 images")
+
+
+class MixUpOptions(Options):
+    alpha: float = Field(0.2, gt=0, description="an alpha above 0; shares are drawn from Beta(alpha, alpha)")
+    p: float = Field(1.0, ge=0, le=1, description="the probability that a sample is mixed, from 0 to 1")
+
+
+class CutMixOptions(MixUpOptions):
+    alpha: float = Field(1.0, gt=0, description="an alpha above 0; shares are drawn from Beta(alpha, alpha)")
+
+
+Named = Annotated[dict[str, Any], BeforeValidator(lambda item: {"name": item} if isinstance(item, str) else item)]
+
+
+class ViewsOptions(Options):
+    transforms: ClassVar[tuple[str, ...]] = ("weak", "strong")
+    """The options that hold transforms."""
+
+    copies: ClassVar[int] = 2
+    """How many samples there are for one, which costs are estimated by."""
+
+    weak: tuple[Named, ...] = Field((), description='a list like ["flip", { name = "shift", pixels = 4 }]')
+    strong: tuple[Named, ...] = Field((), description='a list like ["flip", { name = "shift", pixels = 4 }]')

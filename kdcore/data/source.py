@@ -103,9 +103,8 @@ class EpochSource:
         index = self._epoch_order(epoch)[position * size : (position + 1) * size]
         samples = self.train.take(index)
         batch = Batch(self._normalize(samples.images), samples.labels, index, epoch)
-        random = Random(self._augment_seed, index, epoch)
         for transform in self.context.transforms:
-            batch = transform(batch, random)
+            batch = transform(batch, Random(self._augment_seed, batch.index, epoch))
             if not isinstance(batch, Batch):
                 where = f"transform {type(transform).__module__}:{type(transform).__qualname__}"
                 raise PluginError(f"gave {type(batch).__name__}", where=where, fix="It must give a kdcore.Batch.")

@@ -129,7 +129,7 @@ class Batch:
 
     Args:
         inputs: [B, C, H, W], float32, normalised and augmented.
-        target: [B], int64; [B, C] float where a transform mixed labels; None where a source has none.
+        target: [B], int64; [B, classes] float32 where a transform mixed labels; None where a source has none.
         index: [B], int64, position in the train split.
         epoch: the epoch that the batch belongs to, from 0; fractional for a source without epochs.
     """

@@ -18,6 +18,7 @@ from ..registry import Catalog
 from ..training.knobs import Knobs
 from ..training.loop import decisions_of
 from ..training.member import Learner, LiveTerm
+from ..transforms import build_transform
 from .made_up import build
 from .strategy import run_view
 from .subject import Subject
@@ -120,12 +121,9 @@ def _learners(stage: Stage, catalog: Catalog) -> dict[str, Learner]:
 def _data_parts(stage: Stage, catalog: Catalog) -> Iterator[Any]:
     """Transforms and source over eight grey samples, for the knobs that they offer."""
     spec = stage.data
-    transforms = []
-    for item in spec.transforms:
-        entry = catalog.find("transform", item.name)
-        transforms.append(entry.load()(entry.options_class()(**item.options)))
     split = Split(torch.zeros(8, 1, 8, 8), torch.arange(8) % 2)
     data = TrainData(split, DataInfo((1, 8, 8), 2), (0.0,), (1.0,), "0" * 64)
+    transforms = [build_transform(item, catalog, data.info) for item in spec.transforms]
     context = SourceContext(data, 0, 2, False, tuple(transforms), torch.device("cpu"))
     entry = catalog.find("source", spec.source.name)
     yield entry.load()(entry.options_class()(**spec.source.options), context)

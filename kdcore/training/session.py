@@ -20,6 +20,7 @@ from ..plan import BASE_METRICS, Json, ResultRef, Spec, Stage, Term, check_stage
 from ..registry import Catalog
 from ..seeds import derive
 from ..store import Store
+from ..transforms import build_transform
 from . import device as devices
 from . import memory
 from .knobs import Knobs
@@ -294,7 +295,7 @@ def _build_source(
 ) -> tuple[Source, list[Any]]:
     assert stage.seed is not None
     spec = stage.data
-    transforms = [_constructed("transform", item, catalog) for item in spec.transforms]
+    transforms = [build_transform(item, catalog, splits.info) for item in spec.transforms]
     context = SourceContext(splits.for_training, stage.seed, spec.batch_size, spec.drop_last, tuple(transforms), device)
     source: Source = _constructed("source", spec.source, catalog, context)
     if stage.tick == "epoch" and stage.length:

@@ -21,6 +21,10 @@ LOSSES = (  # name, "file:Class", options class in options.py, about
     ("nst", "nst:NST", "TapOptions", "distributions of the stages' channels over the image"),
     ("cc", "cc:CC", "CCOptions", "correlations between samples under a Gaussian kernel"),
     ("irg", "irg:IRG", "IRGOptions", "graphs of samples and distances, and their changes between stages"),
+    ("dist", "dist:Dist", "DistOptions", "DIST: Pearson's correlation across classes and across the batch"),
+    ("nkd", "nkd:NKD", "NKDOptions", "NKD: the target class by the teacher's share, the others among themselves"),
+    ("normkd", "normkd:NormKD", "NormKDOptions", "NormKD: a temperature of each sample's own, for KD or DKD"),
+    ("mlkd", "mlkd:MLKD", "MLKDOptions", "MLKD: instance, batch and class level at five temperatures"),
 )
 
 
