@@ -1,4 +1,4 @@
-"""Vision models: families with a size (mlp, cnn, resnet), the CIFAR zoo and torchvision's classifiers."""
+"""Vision models: families with a size (mlp, cnn, resnet), the CIFAR zoo, torchvision's and timm's classifiers."""
 
 from __future__ import annotations
 
@@ -24,3 +24,5 @@ def kdcore_register(registry: kdcore.Registrar) -> None:
     for name in TORCHVISION:
         target, options = f"{here}.torchvision_models:build_{name}", f"{here}.options:TorchvisionOptions"
         registry.model(name, target, options=options, about="torchvision's, without its weights")
+    registry.model("timm", f"{here}.timm_models:build", options=f"{here}.options:TimmOptions",
+                   about="any of timm's by its name, without its weights; needs the extra timm")  # fmt: skip

@@ -33,3 +33,9 @@ class ResnetOptions(Options):
 
 class TorchvisionOptions(Options):
     dropout: bool = Field(False, description="true to keep torchvision's dropout and stochastic depth")
+
+
+class TimmOptions(Options):
+    example: ClassVar[Mapping[str, Any]] = {"name": "test_resnet"}
+
+    name: str = Field(min_length=1, description='a model of timm, such as "convnext_tiny"')
