@@ -196,13 +196,12 @@ def test_taps_of_every_family_resolve_and_pooled_is_a_vector(name: str):
         assert len(shapes["pooled"]) == 2
 
 
-TAPPED = ["resnet18", "resnext50_32x4d", "regnet_y_400mf", "alexnet", "vgg11_bn", "swin_t", "vit_b_32", "mnasnet0_5"]
+TAPPED = ["resnet18", "resnext50_32x4d", "regnet_y_400mf", "alexnet", "swin_t", "mnasnet0_5"]
 
 
 @pytest.mark.parametrize("name", TAPPED)
 def test_a_torchvision_checkpoint_fits_and_taps_change_no_logit(name: str):
-    image_size = {"image_size": 64} if name.startswith("vit") else {}
-    theirs = torchvision.models.get_model(name, weights=None, num_classes=7, **image_size).eval()
+    theirs = torchvision.models.get_model(name, weights=None, num_classes=7).eval()
     ours = build_torchvision(name, DataInfo((3, 64, 64), 7)).eval()
     ours.load_state_dict(theirs.state_dict())
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -215,7 +214,7 @@ def test_a_torchvision_checkpoint_fits_and_taps_change_no_logit(name: str):
             assert torch.equal(taps[tap.removesuffix("_pre")], taps[tap].relu()), tap
 
 
-@pytest.mark.parametrize("name", [*SMALL, "vgg11_bn", "mobilenet_v2", "densenet121", "swin_t"])
+@pytest.mark.parametrize("name", [*SMALL, "alexnet", "mobilenet_v2", "densenet121", "swin_t"])
 def test_no_layer_overwrites_what_is_tapped(name: str):
     model = build_torchvision(name, DataInfo((3, 64, 64), 7)).eval()
     taps, copies = tapped(model), tapped(model, torch.clone)
@@ -229,7 +228,7 @@ def test_no_layer_overwrites_what_is_tapped(name: str):
 def test_norms_are_the_last_thing_before_the_activation(name: str):
     with torch.device("meta"):
         model = torchvision_models.construct(name, TorchvisionOptions(), DataInfo((3, 64, 64), 7))
-    shapes = features(model, DataInfo((3, 64, 64), 7))
+        shapes = features(model, DataInfo((3, 64, 64), 7))
     assert set(model.norms) == {tap for tap in model.taps if tap.endswith("_pre")} != set()
     for tap, path in model.norms.items():
         norm = model.get_submodule(path)
