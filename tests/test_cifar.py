@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from kdcore_vision import cifar
 from kdcore_vision.cifar_shuffle import shuffled
 from kdcore_vision.names import CIFAR
+from kdcore_vision.options import CifarOptions
 from test_vision import features, parameters, tapped
 from torch import Tensor, nn
 
-from kdcore import DataInfo, Options
+from kdcore import DataInfo
 from kdcore.errors import DataError
 from kdcore.testing import parametrize_with_checks, subjects_of
 
@@ -67,7 +68,7 @@ RGB = DataInfo((3, 32, 32), 100)
 
 
 def build(name: str, data: DataInfo = RGB) -> nn.Module:
-    return getattr(cifar, f"build_{name}")(Options(), data)
+    return getattr(cifar, f"build_{name}")(CifarOptions(), data)
 
 
 def shape_only(name: str, data: DataInfo = RGB) -> nn.Module:

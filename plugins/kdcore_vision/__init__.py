@@ -20,7 +20,8 @@ def kdcore_register(registry: kdcore.Registrar) -> None:
         options = f"{here}.options:{name.title()}Options"
         registry.model(name, f"{here}.families:{name}", options=options, about=about)
     for name in CIFAR:
-        registry.model(name, f"{here}.cifar:build_{name}", options="kdcore:Options", about="for 32x32 images")
+        target, options = f"{here}.cifar:build_{name}", f"{here}.options:CifarOptions"
+        registry.model(name, target, options=options, about="for 32x32 images")
     for name in TORCHVISION:
         target, options = f"{here}.torchvision_models:build_{name}", f"{here}.options:TorchvisionOptions"
         registry.model(name, target, options=options, about="torchvision's, without its weights")

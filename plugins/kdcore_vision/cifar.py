@@ -13,16 +13,17 @@ from typing import Any
 
 from torch import nn
 
-from kdcore import DataInfo, Options
+from kdcore import DataInfo
 
 from . import cifar_mobile, cifar_resnet, cifar_shuffle, cifar_vgg, cifar_wrn
+from .options import CifarOptions
 
 BUILDERS = (
     cifar_resnet.BUILDERS | cifar_wrn.BUILDERS | cifar_vgg.BUILDERS | cifar_mobile.BUILDERS | cifar_shuffle.BUILDERS
 )
 
 
-def build(name: str, options: Options, data: DataInfo) -> nn.Module:
+def build(name: str, options: CifarOptions, data: DataInfo) -> nn.Module:
     """The model ``name`` for images of any number of channels."""
     return BUILDERS[name](data)
 

@@ -31,6 +31,10 @@ class ResnetOptions(Options):
     width: float = Field(1.0, gt=0, description="a factor of the channels 16, 32, 64, such as 1.0")
 
 
+class CifarOptions(Options):
+    """None: its name says all of a model of the zoo."""
+
+
 class TorchvisionOptions(Options):
     dropout: bool = Field(False, description="true to keep torchvision's dropout and stochastic depth")
 
