@@ -72,6 +72,22 @@ def test_a_name_that_timm_does_not_have_is_a_recipe_error_and_looked_up_nowhere(
         build(name)
 
 
+def test_a_feature_that_is_no_tensor_is_no_tap(timm):
+    data = DataInfo((3, 224, 224), 7)
+    for name in ("coat_tiny", "hrnet_w18_small", "selecsls42b"):
+        with torch.device("meta"):
+            model = build(name, data)
+            found = features(model, data)
+        assert set(found) == {"logits", *model.taps}
+        assert len(model.taps) - 1 < len(model.feature_info)
+
+
+def test_a_model_without_a_classifier_is_a_recipe_error(timm, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: nn.Linear(1, 1))
+    with pytest.raises(RecipeError, match="'test_resnet' is no classifier"):
+        build("test_resnet")
+
+
 def test_an_image_that_does_not_fit_is_a_data_error(timm):
     with pytest.raises(DataError, match="'test_vit': it cannot take 2x8x8 images"):
         build("test_vit", DataInfo((2, 8, 8), 7))
