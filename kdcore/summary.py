@@ -165,7 +165,7 @@ def _protocol(run: Run, outcome: Outcome) -> dict[str, Json]:
 
 def _versions() -> dict[str, str]:
     found = {"kdcore": __version__, "python": platform.python_version(), "platform": sys.platform}
-    for name in ("torch", "torchvision", "numpy", "pluggy", "pydantic", "safetensors", "scikit-learn"):
+    for name in ("torch", "torchvision", "numpy", "pluggy", "pydantic", "safetensors", "scikit-learn", "timm"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

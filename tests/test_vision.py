@@ -12,7 +12,7 @@ import pytest
 import torch
 import torchvision
 from kdcore_vision import families, torchvision_models
-from kdcore_vision.names import TORCHVISION
+from kdcore_vision.names import CIFAR, TORCHVISION
 from kdcore_vision.options import CnnOptions, MlpOptions, ResnetOptions, TorchvisionOptions
 from torch import nn
 
@@ -59,6 +59,14 @@ def features(model: nn.Module, data: DataInfo, batch: int = 2) -> dict[str, tupl
         hook = lambda _, __, out, name=name: shapes.update({name: tuple(out.shape)})  # noqa: E731
         model.get_submodule(path).register_forward_hook(hook)
     return {"logits": tuple(model(torch.randn(batch, *data.shape)).shape), **shapes}
+
+
+def tapped(model: nn.Module, of=lambda tensor: tensor) -> dict[str, torch.Tensor]:
+    """Filled when the model runs, with ``of(feature)`` of each tap."""
+    taps: dict[str, torch.Tensor] = {}
+    for name, path in model.taps.items():
+        model.get_submodule(path).register_forward_hook(lambda _, __, out, name=name: taps.update({name: of(out)}))
+    return taps
 
 
 def entries() -> dict[str, Entry]:
@@ -188,12 +196,53 @@ def test_taps_of_every_family_resolve_and_pooled_is_a_vector(name: str):
         assert len(shapes["pooled"]) == 2
 
 
-def test_a_torchvision_checkpoint_fits():
-    theirs = torchvision.models.resnet18(weights=None, num_classes=7)
-    ours = build_torchvision("resnet18", DataInfo((3, 32, 32), 7))
+TAPPED = ["resnet18", "resnext50_32x4d", "regnet_y_400mf", "alexnet", "swin_t", "mnasnet0_5"]
+
+
+@pytest.mark.parametrize("name", TAPPED)
+def test_a_torchvision_checkpoint_fits_and_taps_change_no_logit(name: str):
+    theirs = torchvision.models.get_model(name, weights=None, num_classes=7).eval()
+    ours = build_torchvision(name, DataInfo((3, 64, 64), 7)).eval()
     ours.load_state_dict(theirs.state_dict())
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(ours.eval()(images), theirs.eval()(images))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    taps = tapped(ours)
+    assert torch.equal(ours(images), theirs(images))
+    for tap in ours.taps:
+        if tap.endswith("_pre"):
+            assert taps[tap].min() < 0
+            assert torch.equal(taps[tap.removesuffix("_pre")], taps[tap].relu()), tap
+
+
+@pytest.mark.parametrize("name", [*SMALL, "alexnet", "mobilenet_v2", "densenet121", "swin_t"])
+def test_no_layer_overwrites_what_is_tapped(name: str):
+    model = build_torchvision(name, DataInfo((3, 64, 64), 7)).eval()
+    taps, copies = tapped(model), tapped(model, torch.clone)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    assert taps.keys() == copies.keys() == model.taps.keys()
+    assert all(torch.equal(taps[tap], copies[tap]) for tap in taps)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d", "vgg11_bn"])
+def test_norms_are_the_last_thing_before_the_activation(name: str):
+    with torch.device("meta"):
+        model = torchvision_models.construct(name, TorchvisionOptions(), DataInfo((3, 64, 64), 7))
+        shapes = features(model, DataInfo((3, 64, 64), 7))
+    assert set(model.norms) == {tap for tap in model.taps if tap.endswith("_pre")} != set()
+    for tap, path in model.norms.items():
+        norm = model.get_submodule(path)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.num_features == shapes[tap][1]
+
+
+def test_maps_of_swin_have_their_channels_first_and_tokens_of_a_vit_last():
+    data = DataInfo((3, 64, 64), 7)
+    with torch.device("meta"):
+        swin = features(torchvision_models.construct("swin_t", TorchvisionOptions(), data), data)
+        vit = features(torchvision_models.construct("vit_b_32", TorchvisionOptions(), data), data)
+    assert [swin[f"stage{i}"] for i in (1, 4)] == [(2, 96, 16, 16), (2, 768, 2, 2)]
+    assert [vit[f"stage{i}"] for i in (1, 2, 3, 4)] == [(2, 5, 768)] * 4
 
 
 def test_grey_images_get_three_equal_channels():
@@ -272,7 +321,7 @@ def test_models_can_be_saved_and_loaded(family: str):
 
 def test_plugin_registers_every_model_with_options():
     found = entries()
-    assert set(found) == {*FAMILIES, *TORCHVISION}
+    assert set(found) == {*FAMILIES, *CIFAR, *TORCHVISION, "timm"}
     assert found["mlp"].check({"size": 3}, "student") == {"size": 3, "width": 64}
     assert found["resnet18"].check({}, "teacher") == {"dropout": False}
     assert found["cnn"].load() is families.cnn

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ..data import DataInfo
-from ..errors import KdError
+from ..errors import KdError, PluginError
 from ..training.evaluate import evaluating
 from ..training.member import Tapped, classifies, host_state
 from . import purity
@@ -36,13 +36,19 @@ def built(subject: Subject, info: DataInfo, seed: int = 0) -> nn.Module:
 
 
 def usual(subject: Subject) -> tuple[nn.Module, DataInfo]:
-    """A model for :data:`CLASSES` classes, and what it was built for."""
+    """A model for :data:`CLASSES` classes, and what it was built for.
+
+    Raises:
+        SkipTest: a package that it needs is not installed.
+    """
     problem: KdError | None = None
     for shape in SHAPES:
         info = DataInfo(shape, CLASSES)
         try:
             return built(subject, info), info
         except KdError as error:
+            if isinstance(error, PluginError) and isinstance(error.__cause__, ImportError):
+                raise SkipTest(str(error)) from error
             problem = problem or error
     raise AssertionError(f"it refuses every usual shape of images: {problem}")
 

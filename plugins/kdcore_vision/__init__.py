@@ -1,4 +1,4 @@
-"""Vision models: families with a size (mlp, cnn, resnet), the CIFAR zoo and torchvision's classifiers."""
+"""Vision models: families with a size (mlp, cnn, resnet), the CIFAR zoo, torchvision's and timm's classifiers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def kdcore_register(registry: kdcore.Registrar) -> None:
         options = f"{here}.options:{name.title()}Options"
         registry.model(name, f"{here}.families:{name}", options=options, about=about)
     for name in CIFAR:
-        registry.model(name, f"{here}.cifar:build_{name}", options="kdcore:Options", about="for 32x32 images")
+        target, options = f"{here}.cifar:build_{name}", f"{here}.options:CifarOptions"
+        registry.model(name, target, options=options, about="for 32x32 images")
     for name in TORCHVISION:
         target, options = f"{here}.torchvision_models:build_{name}", f"{here}.options:TorchvisionOptions"
         registry.model(name, target, options=options, about="torchvision's, without its weights")
+    registry.model("timm", f"{here}.timm_models:build", options=f"{here}.options:TimmOptions",
+                   about="any of timm's by its name, without its weights; needs the extra timm")  # fmt: skip

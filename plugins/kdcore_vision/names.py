@@ -21,7 +21,9 @@ TORCHVISION: tuple[str, ...] = (
 """All of torchvision 0.26 but googlenet and inception_v3, which return auxiliary logits while they train."""
 
 CIFAR: tuple[str, ...] = (
-    "cifar_resnet8", "cifar_resnet14", "cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56",
-    "cifar_resnet110", "cifar_resnet8x4", "cifar_resnet32x4",
+    "cifar_mobilenetv2", "cifar_resnet110", "cifar_resnet14", "cifar_resnet20", "cifar_resnet32", "cifar_resnet32x4",
+    "cifar_resnet44", "cifar_resnet50", "cifar_resnet56", "cifar_resnet8", "cifar_resnet8x4", "cifar_shufflenetv1",
+    "cifar_shufflenetv2", "cifar_vgg11", "cifar_vgg13", "cifar_vgg16", "cifar_vgg19", "cifar_vgg8", "cifar_wrn_16_1",
+    "cifar_wrn_16_2", "cifar_wrn_40_1", "cifar_wrn_40_2",
 )  # fmt: skip
 """The zoo of :mod:`cifar`; prefixed, since torchvision has other models named resnet50 and vgg13."""

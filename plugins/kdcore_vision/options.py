@@ -31,5 +31,15 @@ class ResnetOptions(Options):
     width: float = Field(1.0, gt=0, description="a factor of the channels 16, 32, 64, such as 1.0")
 
 
+class CifarOptions(Options):
+    """None: its name says all of a model of the zoo."""
+
+
 class TorchvisionOptions(Options):
     dropout: bool = Field(False, description="true to keep torchvision's dropout and stochastic depth")
+
+
+class TimmOptions(Options):
+    example: ClassVar[Mapping[str, Any]] = {"name": "test_resnet"}
+
+    name: str = Field(min_length=1, description='a model of timm, such as "convnext_tiny"')

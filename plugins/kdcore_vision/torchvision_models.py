@@ -5,11 +5,10 @@ Parameter names stay torchvision's, so that a checkpoint of theirs fits. Nothing
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -17,17 +16,44 @@ from kdcore import DataError, DataInfo
 
 from .names import TORCHVISION
 from .options import TorchvisionOptions
+from .taps import UNFIT, Rectifier, cannot_take, check_images, tap_head, tap_map
 
-STAGES: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("resnet", "resnext", "wide_resnet"): ("layer1", "layer2", "layer3", "layer4"),
-    ("regnet",): tuple(f"trunk_output.block{i}" for i in range(1, 5)),
-    ("densenet",): tuple(f"features.denseblock{i}" for i in range(1, 5)),
-    ("convnext", "swin"): tuple(f"features.{i}" for i in (1, 3, 5, 7)),  # swin: [B, H, W, C]
-    ("efficientnet",): tuple(f"features.{i}" for i in range(1, 7)),
-    ("shufflenet",): ("stage2", "stage3", "stage4"),
-    ("maxvit",): tuple(f"blocks.{i}" for i in range(4)),
+
+@dataclass(frozen=True)
+class Family:
+    """Where models whose names begin alike have their stages.
+
+    Args:
+        stages: paths of the stages, first one first.
+        activation: the ReLU with which a stage's last block ends, by its path in that block; its input becomes the tap
+            ``stageN_pre``.
+        norms: paths in that block; the first one that exists is the batch norm that comes last before the activation.
+        channels_last: a block gives [B, H, W, C].
+    """
+
+    stages: tuple[str, ...]
+    activation: str = ""
+    norms: tuple[str, ...] = ()
+    channels_last: bool = False
+
+
+FAMILIES: dict[tuple[str, ...], Family] = {
+    ("resnet", "resnext", "wide_resnet"): Family(("layer1", "layer2", "layer3", "layer4"), "relu", ("bn3", "bn2")),
+    ("regnet",): Family(tuple(f"trunk_output.block{i}" for i in range(1, 5)), "activation", ("f.c.1",)),
+    ("densenet",): Family(tuple(f"features.denseblock{i}" for i in range(1, 5))),
+    ("convnext",): Family(tuple(f"features.{i}" for i in (1, 3, 5, 7))),
+    ("swin",): Family(tuple(f"features.{i}" for i in (1, 3, 5, 7)), channels_last=True),
+    ("efficientnet",): Family(tuple(f"features.{i}" for i in range(1, 7))),
+    ("mobilenet_v2",): Family(tuple(f"features.{i}" for i in (3, 6, 13, 17))),
+    ("mobilenet_v3_large",): Family(tuple(f"features.{i}" for i in (3, 6, 12, 15))),
+    ("mobilenet_v3_small",): Family(tuple(f"features.{i}" for i in (1, 3, 8, 11))),
+    ("mnasnet",): Family(tuple(f"layers.{i}" for i in (8, 9, 11, 13))),
+    ("shufflenet",): Family(("stage2", "stage3", "stage4")),
+    ("maxvit",): Family(tuple(f"blocks.{i}" for i in range(4))),
 }
-"""Feature taps by family, first stage first; a family that is not here has no stages, only ``pooled``."""
+"""Squeezenet is not here, and has no stages."""
+PLAIN = ("alexnet", "vgg")
+"""A row of layers, ``features``, in which a max-pool ends a stage."""
 
 
 def __getattr__(name: str) -> Any:
@@ -49,22 +75,10 @@ def build(name: str, options: TorchvisionOptions, data: DataInfo) -> nn.Module:
         raise DataError(f"images have {data.shape[0]} channels", where=f"model {name!r}", fix="It takes 1 or 3.")
     try:
         model = construct(name, options, data)
-        _check_forward(model, data)
-    except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
-        shape = "x".join(str(n) for n in data.shape)
-        fix = "Use larger images, or a model for small ones such as 'resnet'."
-        raise DataError(f"it cannot take {shape} images: {error}", where=f"model {name!r}", fix=fix) from error
+    except UNFIT as error:
+        raise cannot_take(data, name, error) from error
+    check_images(model, data, name)
     return model
-
-
-def _check_forward(model: nn.Module, data: DataInfo) -> None:
-    # shapes only: no arithmetic, no random numbers, and batch norm's buffers are copies
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
-    model.eval()
-    logits = torch.func.functional_call(model, shapes, torch.empty(2, *data.shape, device="meta"))
-    assert logits.shape == (2, data.classes), f"logits have shape {tuple(logits.shape)}"
-    model.train()
 
 
 def construct(name: str, options: TorchvisionOptions, data: DataInfo) -> nn.Module:
@@ -75,7 +89,8 @@ def construct(name: str, options: TorchvisionOptions, data: DataInfo) -> nn.Modu
         _disable_dropout(model)
     if data.shape[0] == 1:
         model.register_forward_pre_hook(_repeat_grey)
-    model.taps = _stages(name) | _tap_head(model)  # type: ignore[assignment]
+    tap_stages(model, name)
+    model.taps |= _tap_last_linear(model)
     return model
 
 
@@ -95,32 +110,46 @@ def _repeat_grey(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (args[0].expand(-1, 3, -1, -1),)  # a view: no copy
 
 
-class Head(nn.Module):
-    """A linear layer whose input [B, D] is a tap, ``pooled``; parameters are those of ``linear``, by the same names."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.pooled = nn.Identity()
-
-    def forward(self, features: Tensor) -> Tensor:
-        return F.linear(self.pooled(features), self.weight, self.bias)
-
-
-def _tap_head(model: nn.Module) -> dict[str, str]:
-    """Makes the input of the last linear layer a tap; squeezenet ends in a convolution and has none."""
+def _tap_last_linear(model: nn.Module) -> dict[str, str]:
+    """Squeezenet ends in a convolution and has none."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
-        return {}
-    parent, _, child = names[-1].rpartition(".")
-    linear = model.get_submodule(names[-1])
-    assert isinstance(linear, nn.Linear)
-    setattr(model.get_submodule(parent), child, Head(linear))
-    return {"pooled": f"{names[-1]}.pooled"}
+    return tap_head(model, names[-1]) if names else {}
 
 
-def _stages(name: str) -> dict[str, str]:
-    for families, paths in STAGES.items():
+def tap_stages(model: nn.Module, name: str) -> None:
+    """Gives the model ``taps`` and ``norms`` of its stages."""
+    model.taps, model.norms = {}, {}
+    if name.startswith("vit_"):
+        model.taps = _quarters(model)
+    if name.startswith(PLAIN):
+        _tap_plain(model)
+    for families, family in FAMILIES.items():
         if name.startswith(families):
-            return {f"stage{i + 1}": path for i, path in enumerate(paths)}
-    return {}
+            for stage, path in enumerate(family.stages, start=1):
+                _tap_stage(model, f"stage{stage}", path, family)
+
+
+def _quarters(model: nn.Module) -> dict[str, str]:
+    """Tokens [B, 1 + N, D], the class token first, after each quarter of the layers."""
+    layers = len(model.encoder.layers)
+    return {f"stage{i}": f"encoder.layers.encoder_layer_{layers * i // 4 - 1}" for i in (1, 2, 3, 4)}
+
+
+def _tap_plain(model: nn.Module) -> None:
+    """The value before and after the ReLU in front of each max-pool."""
+    ends = [i - 1 for i, layer in enumerate(model.features) if isinstance(layer, nn.MaxPool2d)]
+    for stage, end in enumerate(ends, start=1):
+        model.features[end] = nn.ReLU()  # one in place would overwrite the value before it
+        model.taps |= {f"stage{stage}_pre": f"features.{end - 1}", f"stage{stage}": f"features.{end}"}
+        if isinstance(model.features[end - 1], nn.BatchNorm2d):
+            model.norms[f"stage{stage}_pre"] = f"features.{end - 1}"
+
+
+def _tap_stage(model: nn.Module, stage: str, path: str, family: Family) -> None:
+    *_, (child, block) = model.get_submodule(path).named_children()
+    if family.activation:
+        block.set_submodule(family.activation, Rectifier())
+        model.taps[f"{stage}_pre"] = f"{path}.{child}.{family.activation}.pre"
+        inside = dict(block.named_modules())
+        model.norms[f"{stage}_pre"] = f"{path}.{child}.{next(norm for norm in family.norms if norm in inside)}"
+    model.taps[stage] = f"{path}.{child}.{tap_map(block)}" if family.channels_last else path
