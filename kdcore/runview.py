@@ -57,11 +57,11 @@ class RunView:
     teacher_optimizer: OptimizerSpec | None = None
     prepare: Callable[[Spec, Stage, RunView], Stage] = lambda spec, stage, run: stage
     model: Callable[[Mapping[str, Json]], ModelRef] = lambda table: ModelRef(**table)
+    measure: Callable[[ModelRef], ModelCost] = _unmeasured
+    estimate: Callable[[Stage], int] = _unmeasured
     terms: Callable[[Sequence[Mapping[str, Json]]], tuple[Term, ...]] = lambda tables: tuple(
         Term(**table) for table in tables
     )
-    measure: Callable[[ModelRef], ModelCost] = _unmeasured
-    estimate: Callable[[Stage], int] = _unmeasured
 
     def label_only(self, role: str, model: ModelRef) -> Stage:
         """A stage that trains ``model`` on labels alone; a teacher with given weights is only evaluated and stored."""

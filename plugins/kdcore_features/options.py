@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from kdcore import Field, Options
 
 Variant: TypeAlias = Literal["public", "paper"]
-from typing import Annotated, Literal
-
-from kdcore import Field, Options
 
 Temperature = Annotated[float, Field(gt=0)]
 
