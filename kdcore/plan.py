@@ -35,12 +35,14 @@ class ModelRef:
         options: its own options.
         weights: a safetensors file to start from; its content is part of a stage's key.
         given: the model is built with weights that are worth something: a teacher is used as it is.
+        label_map: the registered map from its classes to the data's; None where they are the same.
     """
 
     model: str
     options: Mapping[str, Json] = field(default_factory=dict)
     weights: str | None = None
     given: bool = False
+    label_map: Spec | None = None
 
     def __str__(self) -> str:
         name, size = self.model.rpartition("/")[2], self.options.get("size")

@@ -47,6 +47,10 @@ class ModelTable(Table):
     name_key: ClassVar[str] = "model"
     model: str | None = Field(None, description='a model, e.g. { model = "cnn", size = 3 }')
     weights: str | None = Field(None, description="the path of a .safetensors file")
+    label_map: Named | None = Field(
+        None,
+        description='a map of its classes to the data\'s, e.g. { name = "groups", of = 4, groups = [[0, 3], [1]] }',
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -164,6 +168,9 @@ def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
     objective = _objective(recipe.objective, catalog)
     optimizer = _optimizer(recipe.train, catalog, "train")
     teacher_train = _teacher_train(recipe.train)
+    if recipe.student.label_map is not None:
+        fix = "Give the student the data's classes; only a teacher can have others."
+        raise RecipeError("a student has no label map", where="student.label_map", fix=fix)
     view = RunView(
         seed=recipe.seed,
         teacher=_model(recipe.teacher, catalog, "teacher"),
@@ -208,7 +215,8 @@ def _model(table: ModelTable, catalog: Catalog, where: str) -> ModelRef:
         what = f"{_shown(spec)} is not what {table.weights} holds, which is {_shown(told)}"
         raise RecipeError(what, where=where, fix="Leave model and options out; the file says them.")
     given = spec.name.startswith(f"{OWN}/") and bool(spec.options["given"])  # it is built with its weights
-    return ModelRef(spec.name, spec.options, table.weights, given)
+    label_map = None if table.label_map is None else _spec("label_map", table.label_map, catalog, f"{where}.label_map")
+    return ModelRef(spec.name, spec.options, table.weights, given, label_map)
 
 
 def _told(path: str, catalog: Catalog, where: str) -> Spec | None:
