@@ -93,6 +93,7 @@ class ObjectiveTable(Table):
     name: str = Field("", pattern=r"^[a-z0-9_-]*$", description="a name for knobs and curves, of a-z, 0-9, - and _")
     weight: float = Field(1.0, ge=0, description="a weight from 0")
     warmup_epochs: float = Field(0, ge=0, description="epochs over which the weight grows, from 0")
+    schedule: Named = Field(Named(name="constant"), description='the shape of the weight, "constant" or e.g. "cosine"')
 
 
 class ExecuteTable(Table):
@@ -111,6 +112,7 @@ class PluginsTable(Options):
     require: tuple[str, ...] = Field((), description='a list like ["acme>=1.0"]')
 
 
+CONSTANT = Schedule().shape  # at its default: it is no part of a key
 DEFAULT_OBJECTIVE = (
     ObjectiveTable(loss="cross_entropy", weight=0.1),
     ObjectiveTable(loss="kd", weight=0.9),
@@ -264,17 +266,20 @@ def _term(table: ObjectiveTable, catalog: Catalog, where: str) -> Term:
     entry = catalog.find("loss", table.loss, f"{where}.loss")
     options = _options(entry, table, where)
     source = None if getattr(entry.options_class(), "on_labels", False) else "teacher"
-    return Term(entry.full_name, source, Schedule(table.weight, table.warmup_epochs), options, table.name)
+    shape = _spec("schedule", table.schedule, catalog, f"{where}.schedule")
+    if shape == Spec("core/constant"):
+        shape = CONSTANT
+    return Term(entry.full_name, source, Schedule(table.weight, table.warmup_epochs, shape), options, table.name)
 
 
 def _labels(objective: tuple[Term, ...]) -> tuple[Term, ...]:
     """The objective of a member that learns from labels alone: the first label term at weight 1, others in
-    proportion.
+    proportion. Warm-ups count; schedules do not, since they shape a term against those that are missing here.
     """
     terms = [term for term in objective if term.source is None] or [Term("core/cross_entropy", None, Schedule())]
     weights = [term.weight if isinstance(term.weight, Schedule) else Schedule(term.weight) for term in terms]
     scale = 1 / (weights[0].value or 1.0)
-    scaled = [dataclasses.replace(w, value=w.value * scale or 1.0) for w in weights]
+    scaled = [dataclasses.replace(w, value=w.value * scale or 1.0, shape=CONSTANT) for w in weights]
     return tuple(dataclasses.replace(term, weight=weight) for term, weight in zip(terms, scaled, strict=True))
 
 

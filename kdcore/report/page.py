@@ -107,9 +107,11 @@ def _objective(result: Table) -> str:
 
 
 def _term(term: Table) -> str:
-    own = ("loss", "weight", "name", "warmup_epochs")
+    own = ("loss", "weight", "name", "warmup_epochs", "schedule")
     shown = [f"{key} {value}" for key, value in term.items() if key not in own and value is not None]
     shown += [f"warm-up {term['warmup_epochs']:g} epochs"] if term.get("warmup_epochs") else []
+    schedule = term.get("schedule", {}).get("name", "constant")
+    shown += [f"{schedule} schedule"] if schedule != "constant" else []
     return f"{term.get('weight', 1):g} x {term['loss']}" + (f" ({', '.join(shown)})" if shown else "")
 
 
