@@ -153,6 +153,7 @@ class Stage:
         step: the registered kind of step, with its options.
         seed: None for the run's.
         keep: whether a member's result is its last weights or those best on the monitor split.
+        ledger: every n steps, norms and cosines of the terms' gradients at the logits are recorded; 0 for never.
     """
 
     name: str
@@ -165,6 +166,7 @@ class Stage:
     step: Spec = Spec("distill")
     seed: int | None = None
     keep: Literal["last", "best"] = "last"
+    ledger: int = 0
 
     def __getitem__(self, member: str) -> ResultRef:
         """The member's result; of one that is only used here, the result that it came from."""
@@ -193,8 +195,8 @@ def check_stage(stage: Stage) -> None:
         PlanError: names the member and what to write.
     """
     where = f"stage {stage.name!r}"
-    if not stage.members or stage.length < 0:
-        raise PlanError("a stage has members and a length from 0", where=where)
+    if not stage.members or stage.length < 0 or stage.ledger < 0:
+        raise PlanError("a stage has members, and a length and a ledger from 0", where=where)
     if stage.tick != "epoch" and (stage.tick < 1 or stage.length % stage.tick):
         raise PlanError(f"length {stage.length} is not a multiple of tick {stage.tick}", where=where)
     for name, member in stage.members.items():

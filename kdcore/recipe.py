@@ -82,6 +82,7 @@ class TrainTable(Options):
     warmup_epochs: float = Field(0, ge=0, description="epochs of linear warm-up, from 0")
     clip: float | None = Field(None, gt=0, description="the largest gradient norm")
     keep: Literal["last", "best"] = Field("last", description='"last", or "best" (on the monitor split)')
+    ledger: int = Field(0, ge=0, description="steps between two looks at the terms' gradients; 0 for none")
     teacher: dict[str, Any] = Field({}, description="keys of train that differ for the teacher")
 
 
@@ -183,6 +184,7 @@ def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
         data=_source(recipe, catalog),
         epochs=recipe.train.epochs,
         keep=recipe.train.keep,
+        ledger=recipe.train.ledger,
         teacher_epochs=teacher_train.epochs,
         teacher_optimizer=_optimizer(teacher_train, catalog, "train.teacher"),
         controllers=tuple(_spec("controller", t, catalog, f"controller[{i}]") for i, t in enumerate(recipe.controller)),
@@ -290,9 +292,11 @@ def _optimizer(train: TrainTable, catalog: Catalog, where: str) -> OptimizerSpec
 
 
 def _teacher_train(train: TrainTable) -> TrainTable:
-    for key in ("teacher", "keep"):
+    for key in ("teacher", "keep", "ledger"):
         if key in train.teacher:
-            fix = "It counts for every stage: write train.keep." if key == "keep" else "Write its keys one level up."
+            fix = (
+                "Write its keys one level up." if key == "teacher" else f"It counts for every stage: write train.{key}."
+            )
             raise RecipeError("unknown key", where=f"train.teacher.{key}", fix=fix)
     return validate(TrainTable, {**train.model_dump(exclude={"teacher"}), **train.teacher}, "train.teacher")
 

@@ -58,6 +58,7 @@ class RunView:
     model: Callable[[Mapping[str, Json]], ModelRef] = lambda table: ModelRef(**table)
     measure: Callable[[ModelRef], ModelCost] = _unmeasured
     estimate: Callable[[Stage], int] = _unmeasured
+    ledger: int = 0
 
     def label_only(self, role: str, model: ModelRef) -> Stage:
         """A stage that trains ``model`` on labels alone; a teacher with given weights is only evaluated and stored."""
@@ -74,7 +75,7 @@ class RunView:
         learner = Member(model, terms=self.objective, optimizer=self.optimizer)
         members = {"student": learner, "teacher": Member(source.model, init=teacher)}
         stage = self._stage(f"{source.model} -> {model}", members, self.epochs)
-        stage = dataclasses.replace(stage, controllers=self.controllers)
+        stage = dataclasses.replace(stage, controllers=self.controllers, ledger=self.ledger)
         for spec in self.controllers:
             stage = self.prepare(spec, stage, self)
         return stage
