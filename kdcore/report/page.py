@@ -11,21 +11,8 @@ from typing import Any
 from markupsafe import Markup
 
 from ..chains import Table
-from . import figures, study, tables
-from .curves import (
-    Series,
-    Stop,
-    member_series,
-    number,
-    off_logits,
-    places,
-    position,
-    share_series,
-    shown,
-    stops,
-    term_series,
-    unit,
-)  # fmt: skip
+from . import curves, figures, study, tables
+from .curves import Series, Stop, member_series, number, places, position, share_series, shown, stops, unit
 from .formats import NONE, count, counted, milliseconds, percent, ratio, scaled, seconds
 from .parts import Grid, Panel, grid
 
@@ -287,11 +274,11 @@ def _share_panels(stage: Table, name: str, ends: Sequence[Stop], said: str) -> I
 def _ledger_panels(stage: Table, name: str, ends: Sequence[Stop]) -> Iterable[Panel]:
     """What a ledger holds: lines of norms, and of cosines where two terms act through the logits."""
     for i, role in enumerate(stage["members"]):
-        left_out = off_logits(stage, role)
+        left_out = curves.off_logits(stage, role)
         note = "Of the weighted terms' gradients at the logits on training batches, means over what was measured. "
         note += f"Not through the logits alone, so not here: {', '.join(left_out)}." if left_out else ""
         for title, key in (("Gradient norms", "norm"), ("Gradient cosines", "cosine")):
-            series = term_series(stage, role, f"train.{key}.")
+            series = curves.term_series(stage, role, f"train.{key}.")
             if series:
                 label = _label(f"{title}: {role}", series, ends, unit(stage), shares=False)
                 svg = figures.lines(f"{name}-{key}-{i}", label, series, ends, unit(stage), percent=False)
