@@ -140,5 +140,5 @@ def check_images(path: str, data: DataInfo, where: str) -> None:
         here = f"{'x'.join(map(str, data.shape))} images of {data.classes} classes"
         fix = "Give weights of a model that was trained on such images."
         if card.shape == data.shape:
-            fix = offer(card.classes)
+            fix += f" {offer(card.classes)}"
         raise RecipeError(f"{path} takes {card.images}, the data are {here}", where=where, fix=fix)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 from pydantic import model_validator
 
@@ -20,19 +20,29 @@ if TYPE_CHECKING:
 Groups: TypeAlias = tuple[tuple[int, ...], ...]
 
 
-class Listed(Protocol):
-    """Options that list a map's groups."""
+class MapOptions(Options):
+    """What the listed maps share.
 
-    of: int
-
-    @property
-    def members(self) -> Groups: ...
-
-
-class SubsetOptions(Options):
-    """The data's class i is the teacher's class ``classes[i]``."""
+    Args:
+        of: the number of the teacher's classes.
+    """
 
     of: int = Field(ge=2, description="the number of the teacher's classes, such as 1000")
+
+    @property
+    def members(self) -> Groups:
+        """For each of the data's classes, the teacher's that it stands for."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        check_groups(self.of, self.members)
+        return self
+
+
+class SubsetOptions(MapOptions):
+    """The data's class i is the teacher's class ``classes[i]``."""
+
     classes: tuple[int, ...] = Field(min_length=2, description="a list of the teacher's classes, such as [3, 17]")
     example: ClassVar[Mapping[str, Any]] = {"of": 3, "classes": [2, 0]}
 
@@ -40,16 +50,10 @@ class SubsetOptions(Options):
     def members(self) -> Groups:
         return tuple((index,) for index in self.classes)
 
-    @model_validator(mode="after")
-    def _fit(self) -> SubsetOptions:
-        check_groups(self.of, self.members)
-        return self
 
-
-class GroupsOptions(Options):
+class GroupsOptions(MapOptions):
     """The data's class i is any of the teacher's classes ``groups[i]``."""
 
-    of: int = Field(ge=2, description="the number of the teacher's classes, such as 100")
     groups: Groups = Field(min_length=2, description="a list of lists of the teacher's classes, such as [[0, 1], [2]]")
     example: ClassVar[Mapping[str, Any]] = {"of": 4, "groups": [[0, 3], [1]]}
 
@@ -57,13 +61,8 @@ class GroupsOptions(Options):
     def members(self) -> Groups:
         return self.groups
 
-    @model_validator(mode="after")
-    def _fit(self) -> GroupsOptions:
-        check_groups(self.of, self.members)
-        return self
 
-
-def listed(options: Listed, data: DataInfo) -> tuple[int, Groups]:
+def listed(options: MapOptions, data: DataInfo) -> tuple[int, Groups]:
     """The map that the options list."""
     return options.of, options.members
 

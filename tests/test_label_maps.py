@@ -180,6 +180,50 @@ def test_a_mapped_model_gives_what_its_weights_give_of_the_mapped_classes(stored
         assert torch.equal(part(images), whole(images)[:, [7, 2, 5]])
 
 
+HINT = """
+import kdcore
+from torch import nn
+
+@kdcore.hookimpl
+def kdcore_register(registry):
+    registry.loss("hint", Hint)
+    registry.model("net", lambda options, data: Net(data))
+
+class Net(nn.Sequential):
+    taps, norms = {"pooled": "1"}, {"pooled": "1"}
+
+    def __init__(self, data):
+        super().__init__(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, data.classes))
+
+class Hint(nn.Module):
+    needs = frozenset({"taps"})
+
+    @staticmethod
+    def taps(options):
+        return ("pooled",), ("pooled",)
+
+    @classmethod
+    def build(cls, shapes, options):
+        assert shapes.classes == 3 and shapes.teacher == {"pooled": (64,)}
+        assert [tensor.shape for tensor in shapes.norms["pooled"]] == [(64,), (64,)]
+        return cls()
+
+    def forward(self, student, teacher, batch):
+        assert teacher.logits.shape[1] == 3
+        return (student.taps["pooled"] - teacher.taps["pooled"]).pow(2).mean()
+"""
+
+
+def test_a_mapped_teachers_features_and_norms_are_where_its_model_says(tmp_path, plugin_file):
+    host = load_plugins(files=[plugin_file("hinted", HINT)])
+    table = {**RECIPE, "data": {**THREE, "batch_size": 32}, "student": {"model": "net"}, "train": {"epochs": 1}}
+    table |= {"teacher": {"model": "net", "label_map": SUBSET}, "objective": [{"loss": "kd"}, {"loss": "hint"}]}
+    assert (
+        "train.hint"
+        in make_run(tmp_path, recipe=table, host=host).execute()["stages"][-1]["members"]["student"]["curve"][0]
+    )
+
+
 def test_a_run_with_a_map_goes_on_after_a_kill_with_the_same_bits(tmp_path, stored):
     changes = {"train": {"epochs": 6}, "execute": {"log_every": 5, "checkpoint_seconds": 0}}
     for folder in ("whole", "killed"):
@@ -239,7 +283,10 @@ def test_a_map_for_another_number_of_classes_is_refused(tmp_path, stored):
 @pytest.mark.parametrize(
     ("label_map", "text"),
     [
-        (None, r'10 classes, the data are 1x8x8 images of 3 classes. For .* label_map = { name = "subset", of = 10,'),
+        (
+            None,
+            r'10 classes, the data are .* of 3 classes. Give .* For .* label_map = { name = "subset", of = 10,',
+        ),
         ({"name": "subset", "of": 12, "classes": [1, 2, 11]}, r"10 classes, the data are 1x8x8 images of 12 classes"),
     ],
 )
