@@ -84,6 +84,7 @@ def distill(
     *,
     monitor: Any = 0.1,
     classes: int | None = None,
+    label_map: Table | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     objective: Sequence[Table] | None = None,
@@ -120,6 +121,8 @@ def distill(
         test: likewise. Nothing is decided on it.
         monitor: the share of ``train`` that is held out for decisions, or data of its own.
         classes: their number; default: counted from the labels.
+        label_map: which of the teacher's classes each of the data's stands for, where they are not the same:
+            ``{"name": "subset", "of": 1000, "classes": [3, 17]}``.
         mean: per channel or for all, of images / 255 if they are uint8. Default: nothing is normalised if images are
             floating; the train split's statistics if they are uint8.
         std: likewise; given with ``mean`` or not at all.
@@ -165,7 +168,7 @@ def distill(
             **tables[""],
             "seed": seed,
             "data": {**given.data_table(), **batches, **tables["data"]},
-            "teacher": _teacher(given, teacher, teacher_train, console),
+            "teacher": _teacher(given, teacher, label_map, teacher_train, console),
             "student": given.table(student, "student"),
             "train": {"epochs": epochs, "lr": lr, "optimizer": optimizer, "schedule": schedule,
                       "teacher": dict(teacher_train or {}), **tables["train"]},
@@ -180,9 +183,11 @@ def distill(
         )  # fmt: skip
 
 
-def _teacher(given: Given, teacher: Model, train: Table | None, console: RunConsole) -> Any:
+def _teacher(given: Given, teacher: Model, label_map: Table | None, train: Table | None, console: RunConsole) -> Any:
     """The teacher's table; a module is used as it is, unless it is said how to train it."""
-    table = given.table(teacher, "teacher")
+    table = given.table(teacher, "teacher", label_map is not None)
+    if label_map is not None:
+        table = {**({"model": table} if isinstance(table, str) else table), "label_map": label_map}
     if isinstance(teacher, Mapping | str) or train is not None:
         return table
     if given.dataset.mean is None:

@@ -45,6 +45,9 @@ def kdcore_register(registry: Registrar) -> None:
         registry.schedule(name, f"{training}.schedules:{name}", options=f"{training}.options:{name.title()}Options")
     registry.optimizer("sgd", f"{training}.optimizers:sgd", options=f"{training}.options:SGDOptions")
     registry.optimizer("adamw", f"{training}.optimizers:adamw", options=f"{training}.options:AdamWOptions")
+    for name, about in (("subset", "some of a teacher's classes"), ("groups", "a teacher's classes, summed in groups")):
+        registry.label_map(name, "kdcore.label_maps:listed", options=f"kdcore.label_maps:{name.title()}Options",
+                           about=about)  # fmt: skip
     registry.metric("kl", f"{training}.metrics:kl", about="KL(teacher || student) at temperature 1")
     registry.failure_policy("stop", "kdcore.failure:StopPolicy", options="kdcore.options:Options",
                             about="the run ends when a stage runs out of memory")  # fmt: skip

@@ -13,6 +13,7 @@ from pydantic import model_validator
 
 from .codec import canonical
 from .errors import RecipeError, StorageError
+from .label_maps import offer
 from .options import Field, Options, validate
 from .origin import OWN
 from .reading import parse_json, safetensors_header
@@ -138,4 +139,6 @@ def check_images(path: str, data: DataInfo, where: str) -> None:
     if card is not None and (card.shape, card.classes) != (data.shape, data.classes):
         here = f"{'x'.join(map(str, data.shape))} images of {data.classes} classes"
         fix = "Give weights of a model that was trained on such images."
+        if card.shape == data.shape:
+            fix += f" {offer(card.classes)}"
         raise RecipeError(f"{path} takes {card.images}, the data are {here}", where=where, fix=fix)

@@ -21,6 +21,7 @@ from .data.splits import fingerprint
 from .errors import RecipeError
 from .hookspecs import hookimpl
 from .job import Event
+from .label_maps import offer
 from .options import Options
 from .origin import OWN
 from .registry import Registrar
@@ -85,14 +86,14 @@ class Given:
         content = fingerprint(self.dataset.classes, *splits)
         return {"name": f"{OWN}/data", "content": digest([content, self.dataset.mean, self.dataset.std])}
 
-    def table(self, model: Any, role: str) -> Any:
+    def table(self, model: Any, role: str, mapped: bool = False) -> Any:
         """The table of a module; a model as a recipe names it stays as it is.
 
         Raises:
             RecipeError: it is neither.
         """
         if isinstance(model, nn.Module):
-            return self.model_table(model, role)
+            return self.model_table(model, role, mapped)
         if isinstance(model, Mapping | str):
             return model
         fix = 'Give an nn.Module, or a model as in a recipe: {"model": "resnet", "size": 20}.'
@@ -106,12 +107,13 @@ class Given:
             return [self.tables(item, role) for item in value]
         return self.model_table(value, role) if isinstance(value, nn.Module) else value
 
-    def model_table(self, module: nn.Module, role: str) -> dict[str, Any]:
+    def model_table(self, module: nn.Module, role: str, mapped: bool = False) -> dict[str, Any]:
         """Takes a copy of a module; the table by which a recipe names it.
 
         Args:
             module: on any device; it is not changed.
             role: the argument that it was given as.
+            mapped: its classes are not the data's, but those of a label map.
 
         Raises:
             RecipeError: it cannot be copied, trained or stored, or does not give logits.
@@ -119,7 +121,7 @@ class Given:
         where = f"distill({role}=...)"
         _check_parts(module, where)
         taken = _copied(module, where)
-        _check_logits(taken, self.dataset, where)
+        _check_logits(taken, self.dataset, where, mapped)
         found = content_of(module)
         if found.problem:
             what = f"{role}: this {type(module).__name__} is not recognised when it is given again"
@@ -187,8 +189,8 @@ def _copied(module: nn.Module, where: str) -> nn.Module:
     return taken
 
 
-def _check_logits(module: nn.Module, data: Dataset, where: str) -> None:
-    """Two images in evaluation mode must give [2, classes]."""
+def _check_logits(module: nn.Module, data: Dataset, where: str, mapped: bool) -> None:
+    """Two images in evaluation mode must give [2, classes]; of how many, a label map says later."""
     shape = tuple(data.train.images.shape[1:])
     try:
         with torch.no_grad():
@@ -196,8 +198,11 @@ def _check_logits(module: nn.Module, data: Dataset, where: str) -> None:
     except Exception as error:
         what = f"it raises {type(error).__name__} for 2 images {shape}: {error}"
         raise RecipeError(what, where=where, fix="Give a module that takes the data's images.") from error
-    if not isinstance(found, torch.Tensor) or tuple(found.shape) != (2, data.classes):
+    logits = isinstance(found, torch.Tensor) and found.dim() == 2 and len(found) == 2
+    if not logits or (not mapped and found.shape[1] != data.classes):
         given = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         what = f"it gives {given} for 2 images of {data.classes} classes"
         fix = f"It must give logits [B, {data.classes}]; classes= says how many there are."
+        if logits and where != STUDENT:
+            fix += f" {offer(found.shape[1])}"
         raise RecipeError(what, where=where, fix=fix)

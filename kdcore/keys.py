@@ -93,6 +93,8 @@ def names(stage: Stage, catalog: Catalog) -> Iterator[tuple[str, str]]:
         yield from (("metric", name) for name in needs - BASE_METRICS)
     for member in stage.members.values():
         yield "model", member.model.model
+        if member.model.label_map is not None:
+            yield "label_map", member.model.label_map.name
         for term in member.terms:
             yield "loss", term.loss
             if isinstance(term.weight, Schedule):

@@ -35,12 +35,14 @@ class ModelRef:
         options: its own options.
         weights: a safetensors file to start from; its content is part of a stage's key.
         given: the model is built with weights that are worth something: a teacher is used as it is.
+        label_map: the registered map from its classes to the data's; None where they are the same.
     """
 
     model: str
     options: Mapping[str, Json] = field(default_factory=dict)
     weights: str | None = None
     given: bool = False
+    label_map: Spec | None = None
 
     def __str__(self) -> str:
         name, size = self.model.rpartition("/")[2], self.options.get("size")
@@ -151,6 +153,7 @@ class Stage:
         step: the registered kind of step, with its options.
         seed: None for the run's.
         keep: whether a member's result is its last weights or those best on the monitor split.
+        ledger: every n steps, norms and cosines of the terms' gradients at the logits are recorded; 0 for never.
     """
 
     name: str
@@ -163,6 +166,7 @@ class Stage:
     step: Spec = Spec("distill")
     seed: int | None = None
     keep: Literal["last", "best"] = "last"
+    ledger: int = 0
 
     def __getitem__(self, member: str) -> ResultRef:
         """The member's result; of one that is only used here, the result that it came from."""
@@ -191,8 +195,8 @@ def check_stage(stage: Stage) -> None:
         PlanError: names the member and what to write.
     """
     where = f"stage {stage.name!r}"
-    if not stage.members or stage.length < 0:
-        raise PlanError("a stage has members and a length from 0", where=where)
+    if not stage.members or stage.length < 0 or stage.ledger < 0:
+        raise PlanError("a stage has members, and a length and a ledger from 0", where=where)
     if stage.tick != "epoch" and (stage.tick < 1 or stage.length % stage.tick):
         raise PlanError(f"length {stage.length} is not a multiple of tick {stage.tick}", where=where)
     for name, member in stage.members.items():

@@ -48,6 +48,10 @@ class ModelTable(Table):
     name_key: ClassVar[str] = "model"
     model: str | None = Field(None, description='a model, e.g. { model = "cnn", size = 3 }')
     weights: str | None = Field(None, description="the path of a .safetensors file")
+    label_map: Named | None = Field(
+        None,
+        description='a map of its classes to the data\'s, e.g. { name = "groups", of = 4, groups = [[0, 3], [1]] }',
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -79,6 +83,7 @@ class TrainTable(Options):
     warmup_epochs: float = Field(0, ge=0, description="epochs of linear warm-up, from 0")
     clip: float | None = Field(None, gt=0, description="the largest gradient norm")
     keep: Literal["last", "best"] = Field("last", description='"last", or "best" (on the monitor split)')
+    ledger: int = Field(0, ge=0, description="steps between two looks at the terms' gradients; 0 for none")
     teacher: dict[str, Any] = Field({}, description="keys of train that differ for the teacher")
 
 
@@ -90,6 +95,7 @@ class ObjectiveTable(Table):
     name: str = Field("", pattern=r"^[a-z0-9_-]*$", description="a name for knobs and curves, of a-z, 0-9, - and _")
     weight: float = Field(1.0, ge=0, description="a weight from 0")
     warmup_epochs: float = Field(0, ge=0, description="epochs over which the weight grows, from 0")
+    schedule: Named = Field(Named(name="constant"), description='the shape of the weight, "constant" or e.g. "cosine"')
 
 
 class ExecuteTable(Table):
@@ -108,6 +114,7 @@ class PluginsTable(Options):
     require: tuple[str, ...] = Field((), description='a list like ["acme>=1.0"]')
 
 
+CONSTANT = Schedule().shape  # at its default: it is no part of a key
 DEFAULT_OBJECTIVE = (
     ObjectiveTable(loss="cross_entropy", weight=0.1),
     ObjectiveTable(loss="kd", weight=0.9),
@@ -165,6 +172,9 @@ def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
     objective = _objective(recipe.objective, catalog)
     optimizer = _optimizer(recipe.train, catalog, "train")
     teacher_train = _teacher_train(recipe.train)
+    if recipe.student.label_map is not None:
+        fix = "Give the student the data's classes; only a teacher can have others."
+        raise RecipeError("a student has no label map", where="student.label_map", fix=fix)
     view = RunView(
         seed=recipe.seed,
         teacher=_model(recipe.teacher, catalog, "teacher"),
@@ -175,6 +185,7 @@ def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
         data=_source(recipe, catalog),
         epochs=recipe.train.epochs,
         keep=recipe.train.keep,
+        ledger=recipe.train.ledger,
         teacher_epochs=teacher_train.epochs,
         teacher_optimizer=_optimizer(teacher_train, catalog, "train.teacher"),
         controllers=tuple(_spec("controller", t, catalog, f"controller[{i}]") for i, t in enumerate(recipe.controller)),
@@ -210,7 +221,8 @@ def _model(table: ModelTable, catalog: Catalog, where: str) -> ModelRef:
         what = f"{_shown(spec)} is not what {table.weights} holds, which is {_shown(told)}"
         raise RecipeError(what, where=where, fix="Leave model and options out; the file says them.")
     given = spec.name.startswith(f"{OWN}/") and bool(spec.options["given"])  # it is built with its weights
-    return ModelRef(spec.name, spec.options, table.weights, given)
+    label_map = None if table.label_map is None else _spec("label_map", table.label_map, catalog, f"{where}.label_map")
+    return ModelRef(spec.name, spec.options, table.weights, given, label_map)
 
 
 def _told(path: str, catalog: Catalog, where: str) -> Spec | None:
@@ -266,17 +278,20 @@ def _term(table: ObjectiveTable, catalog: Catalog, where: str) -> Term:
     entry = catalog.find("loss", table.loss, f"{where}.loss")
     options = _options(entry, table, where)
     source = None if getattr(entry.options_class(), "on_labels", False) else "teacher"
-    return Term(entry.full_name, source, Schedule(table.weight, table.warmup_epochs), options, table.name)
+    shape = _spec("schedule", table.schedule, catalog, f"{where}.schedule")
+    if shape == Spec("core/constant"):
+        shape = CONSTANT
+    return Term(entry.full_name, source, Schedule(table.weight, table.warmup_epochs, shape), options, table.name)
 
 
 def _labels(objective: tuple[Term, ...]) -> tuple[Term, ...]:
     """The objective of a member that learns from labels alone: the first label term at weight 1, others in
-    proportion.
+    proportion. Warm-ups count; schedules do not, since they shape a term against those that are missing here.
     """
     terms = [term for term in objective if term.source is None] or [Term("core/cross_entropy", None, Schedule())]
     weights = [term.weight if isinstance(term.weight, Schedule) else Schedule(term.weight) for term in terms]
     scale = 1 / (weights[0].value or 1.0)
-    scaled = [dataclasses.replace(w, value=w.value * scale or 1.0) for w in weights]
+    scaled = [dataclasses.replace(w, value=w.value * scale or 1.0, shape=CONSTANT) for w in weights]
     return tuple(dataclasses.replace(term, weight=weight) for term, weight in zip(terms, scaled, strict=True))
 
 
@@ -287,9 +302,11 @@ def _optimizer(train: TrainTable, catalog: Catalog, where: str) -> OptimizerSpec
 
 
 def _teacher_train(train: TrainTable) -> TrainTable:
-    for key in ("teacher", "keep"):
+    for key in ("teacher", "keep", "ledger"):
         if key in train.teacher:
-            fix = "It counts for every stage: write train.keep." if key == "keep" else "Write its keys one level up."
+            fix = (
+                "Write its keys one level up." if key == "teacher" else f"It counts for every stage: write train.{key}."
+            )
             raise RecipeError("unknown key", where=f"train.teacher.{key}", fix=fix)
     return validate(TrainTable, {**train.model_dump(exclude={"teacher"}), **train.teacher}, "train.teacher")
 

@@ -202,7 +202,9 @@ class Registrar:
         self._add("failure_policy", name, target, options, about)
 
     def label_map(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
-        """Maps a teacher's classes to a student's. Listed; no recipe key names it yet."""
+        """``build(options, data: DataInfo) -> (classes, groups)``: the number of the teacher's classes, and for each
+        of the data's the tuple of the teacher's that it stands for, none of them twice. ``teacher.label_map`` names it.
+        """
         self._add("label_map", name, target, options, about)
 
     def exporter(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:

@@ -22,6 +22,7 @@ from .files import replace_file
 from .generators import kept
 from .job import Event, Settings
 from .keys import Keys, in_order
+from .label_maps import seen_by
 from .measure import Measure
 from .plan import Choice, Json, Outcome, Result, ResultRef, Spec, Stage
 from .plugins import PluginHost
@@ -110,7 +111,8 @@ class Run:
         """Refuses given weights of a model for other images before anything is trained."""
         for role, model in (("teacher", self.view.teacher), ("student", self.view.student)):
             if model.weights is not None:
-                check_images(model.weights, self.context.load(self.view.data).info, f"{role}.weights")
+                info = self.context.load(self.view.data).info
+                check_images(model.weights, seen_by(model, self.host.catalog, info), f"{role}.weights")
 
     # ------------------------------------------------------------ the strategy
 

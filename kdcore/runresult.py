@@ -129,7 +129,7 @@ def _row(role: str, row: Mapping[str, Any]) -> str:
 def result_of(run: Run, content: Mapping[str, Any]) -> RunResult:
     """The result of a run that was executed; it keeps no data."""
     kept = Catalog()
-    for entry in (*run.host.catalog.all("model"), *run.host.catalog.all("exporter")):
+    for entry in (entry for kind in ("model", "label_map", "exporter") for entry in run.host.catalog.all(kind)):
         kept.add(entry)
     info = run.context.load(run.view.data).info
     builders = {}

@@ -62,6 +62,7 @@ class RunView:
     terms: Callable[[Sequence[Mapping[str, Json]]], tuple[Term, ...]] = lambda tables: tuple(
         Term(**table) for table in tables
     )
+    ledger: int = 0
 
     def label_only(self, role: str, model: ModelRef) -> Stage:
         """A stage that trains ``model`` on labels alone; a teacher with given weights is only evaluated and stored."""
@@ -78,7 +79,7 @@ class RunView:
         learner = Member(model, terms=self.objective, optimizer=self.optimizer)
         members = {"student": learner, "teacher": Member(source.model, init=teacher)}
         stage = self._stage(f"{source.model} -> {model}", members, self.epochs)
-        stage = dataclasses.replace(stage, controllers=self.controllers)
+        stage = dataclasses.replace(stage, controllers=self.controllers, ledger=self.ledger)
         for spec in self.controllers:
             stage = self.prepare(spec, stage, self)
         return stage

@@ -69,9 +69,11 @@ def _check_pair(student: Tensor, teacher: Tensor) -> None:
     if not isinstance(teacher, Tensor):
         raise TypeError(f"teacher is {type(teacher).__name__}. Pass logits of the student's shape and dtype.")
     if teacher.shape != student.shape:
-        raise ValueError(
-            f"teacher has shape {_shape(teacher)}, student {_shape(student)}. Pass logits of the same rows and classes."
+        what = (
+            f"teacher has shape {_shape(teacher)}, student {_shape(student)}. Pass logits of the same rows and classes"
         )
+        others = teacher.shape[:1] == student.shape[:1] and teacher.dim() == 2
+        raise ValueError(f"{what}; in a recipe, label_map brings a teacher to them." if others else f"{what}.")
     if teacher.dtype != student.dtype:
         raise TypeError(f"teacher is {teacher.dtype}, student {student.dtype}. Pass teacher.to(student.dtype).")
     if teacher.device != student.device:

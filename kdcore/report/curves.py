@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, TypeAlias
 
 from ..chains import Table, ends_distillation
@@ -86,12 +87,24 @@ def member_series(result: Table, stage: Table, key: str) -> list[Series]:
 
 def share_series(stage: Table, role: str) -> list[Series]:
     """One band a term: its share of the gradient where that was measured, which takes two live terms."""
-    curve = stage["members"][role]["curve"]
-    keys = list(dict.fromkeys(key for entry in curve for key in entry if key.startswith("share.")))
-    colors = TERM_COLORS * len(keys)
-    series = [Series(k.removeprefix("share."), points(stage, curve, k), c) for k, c in zip(keys, colors, strict=False)]
-    series = [s for s in series if len(s.points) > 1]
+    series = term_series(stage, role, "share.")
     return series if len(series) > 1 else []
+
+
+def term_series(stage: Table, role: str, prefix: str) -> list[Series]:
+    """One line for each term, or pair of terms, of which a member's curve tells something under ``prefix``."""
+    curve = stage["members"][role]["curve"]
+    keys = list(dict.fromkeys(key for entry in curve for key in entry if key.startswith(prefix)))
+    names = [key.removeprefix(prefix).replace(".", " and ") for key in keys]
+    series = [Series(n, points(stage, curve, k), c) for n, k, c in zip(names, keys, cycle(TERM_COLORS), strict=False)]
+    return [s for s in series if len(s.points) > 1]
+
+
+def off_logits(stage: Table, role: str) -> list[str]:
+    """Terms that a ledger passed over, since they do not act through the logits alone."""
+    keys = dict.fromkeys(key for entry in stage["members"][role]["curve"] for key in entry)
+    names = [key.removeprefix("train.") for key in keys if key.startswith("train.") and key.count(".") == 1]
+    return [name for name in names if name != "loss" and f"train.norm.{name}" not in keys]
 
 
 def stops(stage: Table) -> list[Stop]:

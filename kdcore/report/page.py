@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..chains import Table
-from . import figures, study, tables
+from . import curves, figures, study, tables
 from .curves import Series, Stop, member_series, number, places, position, share_series, shown, stops, unit
 from .formats import NONE, count, counted, milliseconds, percent, ratio, scaled, seconds
 from .parts import Grid, Panel, grid
@@ -107,9 +107,11 @@ def _objective(result: Table) -> str:
 
 
 def _term(term: Table) -> str:
-    own = ("loss", "weight", "name", "warmup_epochs")
+    own = ("loss", "weight", "name", "warmup_epochs", "schedule")
     shown = [f"{key} {value}" for key, value in term.items() if key not in own and value is not None]
     shown += [f"warm-up {term['warmup_epochs']:g} epochs"] if term.get("warmup_epochs") else []
+    schedule = term.get("schedule", {}).get("name", "constant")
+    shown += [f"{schedule} schedule"] if schedule != "constant" else []
     return f"{term.get('weight', 1):g} x {term['loss']}" + (f" ({', '.join(shown)})" if shown else "")
 
 
@@ -252,7 +254,7 @@ def panels(result: Table, stage: Table, name: str) -> tuple[Panel, ...]:
             label = _label(title, series, ends, axis, shares)
             svg = figures.lines(f"{name}-{key.replace('.', '-')}", label, series, ends, axis, shares)
             found.append(Panel(title, Markup(svg), tuple(series), f"{note} {said}".strip()))
-    return (*found, *_share_panels(stage, name, ends, said))
+    return (*found, *_share_panels(stage, name, ends, said), *_ledger_panels(stage, name, ends))
 
 
 def _share_panels(stage: Table, name: str, ends: Sequence[Stop], said: str) -> Iterable[Panel]:
@@ -267,6 +269,20 @@ def _share_panels(stage: Table, name: str, ends: Sequence[Stop], said: str) -> I
             label = _label(title, series, ends, unit(stage), shares=True)
             svg = figures.bands(f"{name}-share-{i}", label, series, places(stage, member["curve"]), ends, unit(stage))
             yield Panel(title, Markup(svg), tuple(series), f"{note} {said}".strip())
+
+
+def _ledger_panels(stage: Table, name: str, ends: Sequence[Stop]) -> Iterable[Panel]:
+    """What a ledger holds: lines of norms, and of cosines where two terms act through the logits."""
+    for i, role in enumerate(stage["members"]):
+        left_out = curves.off_logits(stage, role)
+        note = "Of the weighted terms' gradients at the logits on training batches, means over what was measured. "
+        note += f"Not through the logits alone, so not here: {', '.join(left_out)}." if left_out else ""
+        for title, key in (("Gradient norms", "norm"), ("Gradient cosines", "cosine")):
+            series = curves.term_series(stage, role, f"train.{key}.")
+            if series:
+                label = _label(f"{title}: {role}", series, ends, unit(stage), shares=False)
+                svg = figures.lines(f"{name}-{key}-{i}", label, series, ends, unit(stage), percent=False)
+                yield Panel(f"{title}: {role}", Markup(svg), tuple(series), note.strip())
 
 
 def _label(title: str, series: Sequence[Series], ends: Sequence[Stop], axis: str, shares: bool) -> str:

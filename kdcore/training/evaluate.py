@@ -10,17 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Batch, Split
+from ..data import Split
 from ..data.source import eval_batches
 from ..errors import PluginError
 from ..outputs import Outputs
-from .member import Learner, LiveTerm
-from .objective import single_loss
+from .ledger import at_logits, gradient, norms_and_cosines
+from .member import Learner
 
 if TYPE_CHECKING:
     from .session import Session
-
-ON_LOGITS = frozenset({"logits", "target"})
 
 
 @contextmanager
@@ -89,7 +87,7 @@ def gradient_shares(session: Session, learner: Learner) -> dict[str, float]:
     ``share.<term>`` is the norm of the term's weighted gradient over the sum of all norms; ``cosine.<a>.<b>`` the
     cosine between two terms' gradients. Terms that need more than logits and labels are left out.
     """
-    terms = [t for t in learner.live() if getattr(t.module, "needs", ON_LOGITS) <= ON_LOGITS]
+    terms = at_logits(learner.live())
     batch = session.probe
     if len(terms) < 2 or len(batch.target) < max(getattr(t.module, "min_batch", 1) for t in terms):
         return {}
@@ -98,7 +96,7 @@ def gradient_shares(session: Session, learner: Learner) -> dict[str, float]:
         logits = _logits(session, learner.module)
         others = {name: Outputs(_logits(session, module)) for name, module in sources.items()}
         with torch.enable_grad():
-            gradients = {t.label: _gradient(t, logits, others, batch) for t in terms}
+            gradients = {t.label: gradient(t, logits, others, batch) for t in terms}
     return _compare(gradients)
 
 
@@ -108,16 +106,8 @@ def _logits(session: Session, module: nn.Module) -> Tensor:
     return torch.cat(parts).float()
 
 
-def _gradient(term: LiveTerm, logits: Tensor, others: dict[str, Outputs], batch: Batch) -> Tensor:
-    leaf = logits.detach().requires_grad_()
-    value = single_loss(term, Outputs(leaf), others, batch)
-    return term.weight * torch.autograd.grad(value, leaf)[0].double().flatten()
-
-
 def _compare(gradients: dict[str, Tensor]) -> dict[str, float]:
-    stacked = torch.stack(list(gradients.values()))
-    norms = stacked.norm(dim=1)
-    cosines = F.normalize(stacked, dim=1) @ F.normalize(stacked, dim=1).T
+    norms, cosines = norms_and_cosines(gradients.values())
     total = norms.sum().item()
     if not 0 < total < float("inf"):
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..card import check_images
 from ..data import DataInfo
 from ..errors import PlanError, RecipeError, StorageError
+from ..label_maps import offer, read_map
 from ..options import Options
 from ..origin import blame
 from ..plan import Member, ModelRef, Term
 from ..reading import safetensors_header
 from ..registry import Catalog
 from ..seeds import derive
+from .mapped import Mapped
 
 Sizes: TypeAlias = Mapping[str, tuple[int, ...]]
 
@@ -114,8 +116,13 @@ def build_model(ref: ModelRef, catalog: Catalog, info: DataInfo, seed: int) -> n
 
     Raises:
         PlanError: the model does not give [B, classes].
-        StorageError, RecipeError: ``ref.weights`` is no safetensors file, or of another model or other images.
+        StorageError, RecipeError: ``ref.weights`` is no safetensors file, or of another model or other images; or its
+            label map does not fit.
     """
+    if ref.label_map is not None:
+        classes, groups = read_map(ref.label_map, catalog, info)
+        network = build_model(replace(ref, label_map=None), catalog, replace(info, classes=classes), seed)
+        return Mapped(network, classes, groups)
     entry = catalog.find("model", ref.model)
     options = entry.options_class()(**ref.options)
     with torch.random.fork_rng(devices=[]), blame(entry.origin, f"building model {entry.full_name!r}"):
@@ -138,7 +145,7 @@ def _check_logits(module: nn.Module, ref: ModelRef, info: DataInfo) -> None:
     with torch.no_grad():
         shape = tuple(module.eval()(torch.zeros(2, *info.shape)).shape)
     if shape != (2, info.classes):
-        fix = f"It must give [B, {info.classes}]."
+        fix = f"It must give [B, {info.classes}]. {offer(shape[1])}" if len(shape) == 2 else "Logits are [B, classes]."
         raise PlanError(f"gives logits of shape {shape} for 2 images", where=f"model {ref}", fix=fix)
 
 
@@ -186,7 +193,16 @@ def _check_fit(found: Sizes, own: Sizes, name: str, where: str) -> None:
     for key, shape in found.items():
         if shape != own[key]:
             problem = f"{name}: {key!r} is {shape}, the model's is {own[key]}"
-            raise RecipeError(problem, where=where, fix="Teacher and student must have the data's number of classes.")
+            fix = "Teacher and student must have the data's number of classes."
+            raise RecipeError(problem, where=where, fix=f"{fix} {_offer(found, own)}".rstrip())
+
+
+def _offer(found: Sizes, own: Sizes) -> str:
+    """A label map, where another number of classes may be all in which a file differs from the model."""
+    differing = [(shape, own[key]) for key, shape in found.items() if shape != own[key]]
+    heads = {(shape[:1], other[:1]) for shape, other in differing}
+    same = all(shape[1:] == other[1:] for shape, other in differing)
+    return offer(differing[0][0][0]) if same and len(heads) == 1 and () not in next(iter(heads)) else ""
 
 
 def make_ema(module: nn.Module, decay: float) -> AveragedModel:

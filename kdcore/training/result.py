@@ -17,6 +17,7 @@ from ..losses._extension import build_info
 from ..losses._ops import choose_backend
 from ..plan import Json
 from . import cost, evaluate
+from .mapped import classes_of
 from .member import Learner, classifies, host_state
 from .session import Session
 
@@ -64,7 +65,8 @@ def _file(session: Session, learner: Learner) -> bytes:
     """The delivered weights with a card, so that the file can be used alone."""
     splits, ref = session.splits, learner.spec.model
     card = Card(
-        model=ref.model, options=dict(ref.options), shape=splits.info.shape, classes=splits.info.classes,
+        model=ref.model, options=dict(ref.options), shape=splits.info.shape,
+        classes=classes_of(learner.module, splits.info),
         mean=splits.mean, std=splits.std, scale=255 if splits.train.images.dtype == torch.uint8 else 1,
     )  # fmt: skip
     return save(_delivered(session, learner), card.metadata)

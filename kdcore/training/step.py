@@ -12,7 +12,7 @@ from ..data import Batch
 from ..options import Options as NoOptions
 from ..outputs import Outputs
 from ..seeds import derive
-from . import device, memory
+from . import device, ledger, memory
 from .objective import weighted_loss
 
 if TYPE_CHECKING:
@@ -94,6 +94,10 @@ class StepContext:
                 learner.live(), own, others, batch, lambda label, value: self.record(f"{name}.{label}", value)
             )
         self.record(f"{name}.loss", total)
+        every = self._session.stage.ledger
+        if every and self.step % every == 0:
+            for key, value in ledger.entries(learner.live(), own, others, batch).items():
+                self.record(f"{name}.{key}", value)
         return total
 
     def backward(self, name: str, loss: Tensor, *, accumulate: bool = False) -> None:
