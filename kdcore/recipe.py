@@ -255,6 +255,7 @@ def _objective(tables: Sequence[ObjectiveTable], catalog: Catalog) -> tuple[Term
 def _term(table: ObjectiveTable, catalog: Catalog, where: str) -> Term:
     entry = catalog.find("loss", table.loss, f"{where}.loss")
     options = _options(entry, table, where)
+    catalog.adapter_of(entry.options_class()(**options), f"{where}.adapter")
     source = None if getattr(entry.options_class(), "on_labels", False) else "teacher"
     return Term(entry.full_name, source, Schedule(table.weight, table.warmup_epochs), options, table.name)
 

@@ -11,6 +11,18 @@ import kdcore
 KDCORE_HOOKS = 1
 
 LOSSES = (  # name, "file:Class", options class in options.py, about
+    ("fitnet", "fitnet:FitNet", "FitNetOptions", "a regressed feature, mean squared error (Romero et al., 2015)"),
+    ("vid", "vid:VID", "VIDOptions", "features under a Gaussian of learned variance (Ahn et al., 2019)"),
+    ("ab", "ab:AB", "ABOptions", "which neurons are active, with a margin (Heo et al., 2019)"),
+    ("ft", "ft:FT", "FTOptions", "factors of a paraphraser and a translator (Kim et al., 2018)"),
+    ("fsp", "fsp:FSP", "FSPOptions", "Gram matrices of neighbouring stages (Yim et al., 2017)"),
+    ("kdsvd", "kdsvd:KDSVD", "KDSVDOptions", "singular vectors of neighbouring stages (Lee et al., 2018)"),
+)
+ADAPTERS = (  # name, about
+    ("auto", "linear for vectors, conv1x1 for maps, attention between unlike features"),
+    ("conv1x1", "a 1x1 convolution of a map, pooled to the smaller size"),
+    ("linear", "a linear map of a vector, or of each token"),
+    ("attention", "learned queries attend to a map, tokens or a vector, for any feature of the teacher"),
 )
 
 
@@ -18,3 +30,5 @@ LOSSES = (  # name, "file:Class", options class in options.py, about
 def kdcore_register(registry: kdcore.Registrar) -> None:
     for name, target, options, about in LOSSES:
         registry.loss(name, f"{__name__}.{target}", options=f"{__name__}.options:{options}", about=about)
+    for name, about in ADAPTERS:
+        registry.adapter(name, f"{__name__}.adapters:{name}", about=about)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdcore import Outputs, PlanError, Shapes
@@ -42,3 +45,40 @@ def features(student: Outputs, teacher: Outputs, pair: Pair) -> tuple[Tensor, Te
         if own.is_floating_point() and own.element_size() == 8
         else (own.float(), other.float())
     )
+
+
+def is_map(shape: tuple[int, ...]) -> bool:
+    """True for [C, H, W]; tokens are [N, D], a vector is [D]."""
+    return len(shape) == 3
+
+
+def map_pairs(shapes: Shapes, least: int = 1) -> tuple[Pair, ...]:
+    """:func:`pairs` of a loss that compares maps alone, ``least`` of them at least.
+
+    Raises:
+        PlanError: a feature is no map, or there are too few.
+    """
+    found = pairs(shapes)
+    other = [tap for tap, shape in [*shapes.student.items(), *shapes.teacher.items()] if not is_map(shape)]
+    if other:
+        fix = "Name taps of maps [C, H, W], or use fitnet or vid, which take every feature."
+        raise PlanError(f"tap {other[0]!r} is no map", where="student and teacher", fix=fix)
+    if len(found) < least:
+        fix = f"Name at least {least} taps on each side, shallow to deep."
+        raise PlanError(f"{len(found)} tap to compare, but stages are compared with their neighbours", fix=fix)
+    return found
+
+
+def match(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps [B, C, H, W], each averaged over cells to the smaller height and the smaller width."""
+    size = tuple(map(min, student.shape[2:], teacher.shape[2:]))
+    return pooled(student, size), pooled(teacher, size)
+
+
+def pooled(feature: Tensor, size: tuple[int, ...]) -> Tensor:
+    return feature if feature.shape[2:] == size else F.adaptive_avg_pool2d(feature, size)
+
+
+def total(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of a loss's stages."""
+    return torch.stack(list(parts)).sum()
