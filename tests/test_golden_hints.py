@@ -60,7 +60,8 @@ def fitnet(given):
     kinds = {"Conv2d": torch.nn.Conv2d, "ConvTranspose2d": torch.nn.ConvTranspose2d}
     conv, hp = module.conv, case["hp"]
     assert type(conv) is kinds[hp["conv"]]
-    assert [list(conv.kernel_size), list(conv.stride), list(conv.padding)] == [hp["kernel"], hp["stride"], hp["padding"]]
+    for name, recorded in (("kernel_size", "kernel"), ("stride", "stride"), ("padding", "padding")):
+        assert list(getattr(conv, name)) == hp[recorded]
     assert np.abs(case["grad_param_conv.bias"]).max() < 1e-13
     names = ("conv.weight", "bn.weight", "bn.bias")
     found = given.fill(module, **{name: name for name in names})
@@ -68,7 +69,7 @@ def fitnet(given):
 
 
 def vid(given):
-    """mdistiller leaves the log-scales at their first values: here they are what was recorded, and have a gradient."""
+    """mdistiller never trains the log-scales, which it keeps outside of its parameters: the product does."""
     case = given.case
     module = predictor(case["student"].shape[1:], case["teacher"].shape[1:])
     names = {f"{own}.weight": f"regressor.{theirs}.weight" for own, theirs in ((1, 0), (3, 2), (5, 4))}
@@ -120,15 +121,21 @@ def test_losses_and_gradients_are_those_of_public_code(file, name, dtype):
     keys = list(given.leaves)
     grads = torch.autograd.grad(found, [given.leaves[key] for key in keys])
     for key, grad in zip(keys, grads, strict=True):
-        check(case, key, grad.double().numpy(), exact)
+        expected = case.get(key.replace("grad_student_", "grad_student_f64_"), case[key])
+        allowed = bar(file, case, key, expected, exact)
+        assert np.abs(grad.double().numpy() - expected).max() <= allowed, key
 
 
-def check(case, key, found, exact):
-    expected = case.get(key.replace("grad_student_", "grad_student_f64_"), case[key])
+def bar(file, case, key, expected, exact):
+    """How far a gradient may be off. In float32 a singular vector is off by rounding over the gap to its neighbours:
+    mdistiller's own float32 run, the recorded gradient, by up to 2e-5 of the largest.
+    """
     largest = np.abs(expected).max()
-    own = float(case.get("grad_student_f32_maxabserr", 0.0))
-    allowed = 1e-9 * largest + 1e-13 if exact else max(5e-6 * largest + 1e-9, own)
-    assert np.abs(found - expected).max() <= allowed, key
+    if exact:
+        return 1e-9 * largest + 1e-13
+    relative = 1e-5 if "kdsvd" in file else 5e-6
+    own = np.abs(case[key] - expected).max()
+    return max(relative * largest + 1e-9, own, float(case.get("grad_student_f32_maxabserr", 0.0)))
 
 
 def test_every_recorded_gradient_is_compared():

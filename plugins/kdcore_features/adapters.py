@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kdcore import Options, Outputs, PlanError, Shapes
 
 from .options import AdapterOptions
-from .pairs import Pair, features, is_map, match, taps
+from .pairs import Pair, features, is_map, match, pooled, taps
 
 Shape: TypeAlias = tuple[int, ...]
 HEADS = 8  # of attention, where the width can be divided by it
@@ -74,7 +74,9 @@ class Attention(nn.Module):
         keys = _sequence(feature)
         queries = self.queries.expand(len(feature), -1, -1)
         found, _ = self.attend(queries, keys + self.places, keys, need_weights=False)
-        return found.transpose(1, 2).unflatten(2, self.shape[1:]) if is_map(self.shape) else found.view(-1, *self.shape)
+        return (
+            found.transpose(1, 2).unflatten(2, self.shape[1:]) if is_map(self.shape) else found.reshape(-1, *self.shape)
+        )
 
 
 class Adapted(nn.Module):
@@ -136,8 +138,18 @@ def adapters(
 
 def to_smaller(student: Shape, teacher: Shape) -> nn.Module:
     """Averages a student's map to the smaller height and width of the two."""
-    size = tuple(map(min, student[1:], teacher[1:]))
-    return nn.Identity() if student[1:] == size else nn.AdaptiveAvgPool2d(size)
+    return Pool(tuple(map(min, student[1:], teacher[1:])))
+
+
+class Pool(nn.Module):
+    """[B, C, H, W] -> [B, C, *size]."""
+
+    def __init__(self, size: Shape) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return pooled(feature, self.size)
 
 
 def _positions(shape: Shape) -> tuple[int, int]:

@@ -92,7 +92,7 @@ def aligned(own: Tensor, wanted: Tensor) -> Tensor:
     cosines = own.detach().transpose(1, 2) @ wanted
     best = cosines.abs().argmax(1, keepdim=True)
     signs = torch.where(cosines.gather(1, best) < 0, -1.0, 1.0).to(own.dtype)
-    return own.gather(2, best.expand(-1, own.shape[1], -1)) * signs
+    return own @ torch.zeros_like(cosines).scatter(1, best, signs)  # a gather's gradient is not deterministic on a GPU
 
 
 def radial(lower: Tensor, upper: Tensor) -> Tensor:

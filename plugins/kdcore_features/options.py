@@ -17,7 +17,7 @@ class TapOptions(Options):
 
 
 class AdapterOptions(TapOptions):
-    """The student's feature goes through a learned adapter."""
+    """The student's feature goes through an adapter that is trained with the student."""
 
     adapts: ClassVar = True
     adapter: str = Field("auto", description='an adapter: "auto", "conv1x1", "linear", "attention", or a plugin\'s')

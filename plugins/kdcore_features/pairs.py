@@ -76,7 +76,24 @@ def match(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pooled(feature: Tensor, size: tuple[int, ...]) -> Tensor:
-    return feature if feature.shape[2:] == size else F.adaptive_avg_pool2d(feature, size)
+    """A map [B, C, H, W] averaged over h x w cells, which overlap where h does not divide H.
+
+    The values are those of adaptive pooling; but for its gradient, which on a GPU is not deterministic, it would be it.
+    """
+    before = tuple(feature.shape[2:])
+    if before == size:
+        return feature
+    if all(a % b == 0 for a, b in zip(before, size, strict=True)):
+        return F.avg_pool2d(feature, tuple(a // b for a, b in zip(before, size, strict=True)))
+    rows, columns = (_cells(a, b, feature) for a, b in zip(before, size, strict=True))
+    return rows @ feature @ columns.T
+
+
+def _cells(length: int, count: int, like: Tensor) -> Tensor:
+    """[count, length]: the weights of the means over [floor(i length / count), ceil((i + 1) length / count))."""
+    cell, place = torch.arange(count, device=like.device)[:, None], torch.arange(length, device=like.device)
+    inside = (place >= cell * length // count) & (place < ((cell + 1) * length + count - 1) // count)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True)
 
 
 def total(parts: Sequence[Tensor]) -> Tensor:
