@@ -74,9 +74,9 @@ class Attention(nn.Module):
         keys = _sequence(feature)
         queries = self.queries.expand(len(feature), -1, -1)
         found, _ = self.attend(queries, keys + self.places, keys, need_weights=False)
-        return (
-            found.transpose(1, 2).unflatten(2, self.shape[1:]) if is_map(self.shape) else found.reshape(-1, *self.shape)
-        )
+        if is_map(self.shape):
+            found = found.transpose(1, 2)
+        return found.reshape(-1, *self.shape)
 
 
 class Adapted(nn.Module):
