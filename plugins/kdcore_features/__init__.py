@@ -31,4 +31,4 @@ def kdcore_register(registry: kdcore.Registrar) -> None:
     for name, target, options, about in LOSSES:
         registry.loss(name, f"{__name__}.{target}", options=f"{__name__}.options:{options}", about=about)
     for name, about in ADAPTERS:
-        registry.adapter(name, f"{__name__}.adapters:{name}", about=about)
+        registry.adapter(name, f"{__name__}.adapters:{name}", options=f"{__name__}.options:Options", about=about)
