@@ -23,7 +23,18 @@ from kdcore.testing.subject import Check, require
 FEW = {"mlp", "cnn", "resnet", "squeezenet1_1", "shufflenet_v2_x0_5"}
 SHIPPED = [
     one
-    for plugin in ("assistants", "core", "distill", "dskd", "earlystop", "gradient", "plateau", "search", "vision")
+    for plugin in (
+        "assistants",
+        "core",
+        "distill",
+        "dskd",
+        "earlystop",
+        "features",
+        "gradient",
+        "plateau",
+        "search",
+        "vision",
+    )
     for one in subjects_of(plugin)
     if one.kind != "model" or one.name in FEW
 ]

@@ -1,4 +1,4 @@
-"""Activation boundaries: which neurons are active, with a margin (Heo et al., AAAI 2019, arXiv:1811.03233, eq. 5)."""
+"""Activation boundaries: which neurons are active, with a margin (Heo et al., AAAI 2019, arXiv:1811.03233)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Factor transfer: a student follows what a paraphraser says of its teacher (Kim et al., NeurIPS 2018, eq. 1-3)."""
+"""Factor transfer: a student follows what a paraphraser says of its teacher.
+
+Kim, Park and Kwak, NeurIPS 2018, arXiv:1802.04977, section 3.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ def ft_loss(student: Tensor, teacher: Tensor, *, power: int = 2, norm: int = 1) 
 
 
 def ft_paper_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """The paper's form, eq. 3 with p = 1: factors [B, M, H, W] at unit length, channels kept; mean |difference|.
+    """The paper's form with p = 1: factors [B, M, H, W] at unit length, channels kept; mean |difference|.
 
-    The mean over elements, where the equation has the sum, is that of the authors' code.
+    The mean over elements, where the paper has a norm, is that of the authors' code, whose weight is 500.
     """
     own, other = (F.normalize(f.flatten(1)) for f in match(student, teacher))
     return (own - other).abs().mean()

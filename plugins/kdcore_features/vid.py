@@ -1,4 +1,4 @@
-"""Variational information distillation (Ahn et al., CVPR 2019, arXiv:1904.05835, eq. 5 and 6)."""
+"""Variational information distillation (Ahn et al., CVPR 2019, arXiv:1904.05835, section 2)."""
 
 from __future__ import annotations
 
