@@ -97,6 +97,8 @@ def names(stage: Stage, catalog: Catalog) -> Iterator[tuple[str, str]]:
             yield "label_map", member.model.label_map.name
         for term in member.terms:
             yield "loss", term.loss
+            if adapter := catalog.adapter_of(catalog.find("loss", term.loss).options_class()(**term.options)):
+                yield "adapter", adapter.full_name
             if isinstance(term.weight, Schedule):
                 yield "schedule", term.weight.shape.name
         if member.optimizer is not None:

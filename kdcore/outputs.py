@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,6 +34,8 @@ class Shapes:
         labels: [samples] int64, of the training split.
         norms: tap name -> weight and bias [C] of the batch norm that comes last in the source's feature, where the
             source names it.
+        adapter: builds the adapter that the loss's options name, from the shapes of a learner's feature and a source's;
+            None for a loss whose options name none (:meth:`kdcore.Registrar.adapter`).
     """
 
     classes: int
@@ -42,6 +44,7 @@ class Shapes:
     teacher: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     labels: Tensor | None = None
     norms: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    adapter: Callable[[tuple[int, ...], tuple[int, ...]], nn.Module] | None = None
 
 
 class Loss(Protocol):

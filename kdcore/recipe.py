@@ -277,6 +277,7 @@ def _objective(tables: Sequence[ObjectiveTable], catalog: Catalog, paths: Sequen
 def _term(table: ObjectiveTable, catalog: Catalog, where: str) -> Term:
     entry = catalog.find("loss", table.loss, f"{where}.loss")
     options = _options(entry, table, where)
+    catalog.adapter_of(entry.options_class()(**options), f"{where}.adapter")
     source = None if getattr(entry.options_class(), "on_labels", False) else "teacher"
     shape = _spec("schedule", table.schedule, catalog, f"{where}.schedule")
     if shape == Spec("core/constant"):

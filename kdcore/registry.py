@@ -174,7 +174,11 @@ class Registrar:
         self._add("step", name, target, options, about)
 
     def adapter(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
-        """``build(student_shape, teacher_shape, options) -> nn.Module`` between two feature taps."""
+        """``build(student_shape, teacher_shape, options) -> nn.Module`` from a student's feature to a teacher's.
+
+        Shapes are without the batch; a map may come out smaller than the teacher's, which is then pooled to its size.
+        A loss whose options have ``adapts = True`` and a key ``adapter``, the name, builds it by ``Shapes.adapter``.
+        """
         self._add("adapter", name, target, options, about)
 
     def schedule(self, name: str, target: Target, *, options: Target = None, about: str = "") -> None:
@@ -248,6 +252,11 @@ class Catalog:
         choices = " or ".join(repr(e.full_name) for e in found)
         what = f"{_noun(kind)} {name!r} is ambiguous: {len(found)} plugins offer it"
         raise RecipeError(what, where=where, fix=f"Write {choices}.")
+
+    def adapter_of(self, options: Options, where: str = "") -> Entry | None:
+        """The adapter that a loss's options name, if their class says that its key ``adapter`` names one."""
+        name = getattr(options, "adapter", "") if getattr(options, "adapts", False) else ""
+        return self.find("adapter", name, where) if name else None
 
     def _unknown(self, kind: str, name: str, where: str) -> KdError:
         """A misspelt name is the recipe's fault; where nothing is similar, a broken plugin is the likelier one."""

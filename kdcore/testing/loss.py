@@ -36,7 +36,7 @@ KNOWN = frozenset({"logits", "taps", "index", "target"})
 
 def made(subject: Subject) -> Made:
     """The loss, built, with inputs for it."""
-    return Made.of(subject.load(), subject.example())
+    return Made.of(subject.load(), subject.example(), subject.catalog)
 
 
 def _close(found: Tensor, expected: Tensor, rtol: float = 1e-4, atol: float = 1e-6) -> bool:

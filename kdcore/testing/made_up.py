@@ -14,24 +14,27 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..options import Options
 from ..outputs import Outputs, Shapes
+from ..registry import Catalog
+from ..training.adapters import adapter_builder
 
 Change: TypeAlias = Callable[[Tensor], Tensor]
 CLASSES, ROWS, SAMPLES = 5, 6, 64
 VECTOR, MAP, TOKENS = ((6,), (8,)), ((4, 4, 4), (6, 4, 4)), ((5, 6), (5, 8))  # shapes of student's and teacher's tap
 
 
-def build(loss: Any, options: Options, seed: int = 0) -> nn.Module:
+def build(loss: Any, options: Options, catalog: Catalog, seed: int = 0) -> nn.Module:
     """A registered loss as the framework builds it, with adapters drawn under ``seed``.
 
     Taps get shapes of their own: another width in the teacher than in the student, equal ones where the loss cannot
     compare different widths.
     """
-    return _fitting(loss, options, seed)[0]
+    return _fitting(loss, options, catalog, seed)[0]
 
 
-def _fitting(loss: Any, options: Options, seed: int) -> tuple[nn.Module, Shapes]:
+def _fitting(loss: Any, options: Options, catalog: Catalog, seed: int) -> tuple[nn.Module, Shapes]:
     problem: Exception | None = None
-    for shapes in _candidates(loss, options):
+    adapter = adapter_builder(options, catalog)
+    for shapes in (replace(found, adapter=adapter) for found in _candidates(loss, options)):
         try:
             module = _build(loss, options, shapes, seed)
             value(module, make_up(shapes, loss, options))
@@ -147,8 +150,8 @@ class Made:
     module: nn.Module
 
     @classmethod
-    def of(cls, loss: Any, options: Options, seed: int = 0) -> Made:
-        module, shapes = _fitting(loss, options, seed)
+    def of(cls, loss: Any, options: Options, catalog: Catalog, seed: int = 0) -> Made:
+        module, shapes = _fitting(loss, options, catalog, seed)
         return cls(loss, options, shapes, module)
 
     def again(self, options: Options | None = None, seed: int = 0) -> nn.Module:

@@ -112,7 +112,7 @@ def _learners(stage: Stage, catalog: Catalog) -> dict[str, Learner]:
         for term in learner.spec.terms:
             entry = catalog.find("loss", term.loss)
             options = entry.options_class()(**term.options)
-            module = build(entry.load(), options)
+            module = build(entry.load(), options, catalog)
             spec = dataclasses.replace(term, options=options.model_dump(mode="json"))  # as a recipe's terms have them
             learner.terms.append(LiveTerm(spec, module, type(options), lambda epoch, warm: 1.0, term.source))
     return learners

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from ..store import Store
 from ..transforms import build_transform
 from . import device as devices
 from . import memory
+from .adapters import adapter_builder
 from .knobs import Knobs
 from .member import Learner, LiveTerm, Tapped, build_model, classifies, load_weights, make_ema, tap_names
 from .meters import Meters
@@ -258,7 +259,9 @@ def _build_term(term: Term, info: Shapes, catalog: Catalog, length: int, stage: 
     entry = catalog.find("loss", term.loss)
     with blame(entry.origin, f"building loss {entry.full_name!r}"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(_adapter_seed(stage, member, term))
-        module: nn.Module = entry.load().build(info, entry.options_class()(**term.options))
+        options = entry.options_class()(**term.options)
+        info = replace(info, adapter=adapter_builder(options, catalog))
+        module: nn.Module = entry.load().build(info, options)
         entry.expect(module, nn.Module, "an nn.Module")
     if term.through and hasattr(module, "teacher_grad"):
         module.teacher_grad = True  # type: ignore[assignment]

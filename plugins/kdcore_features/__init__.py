@@ -25,6 +25,18 @@ LOSSES = (  # name, "file:Class", options class in options.py, about
     ("nkd", "nkd:NKD", "NKDOptions", "NKD: the target class by the teacher's share, the others among themselves"),
     ("normkd", "normkd:NormKD", "NormKDOptions", "NormKD: a temperature of each sample's own, for KD or DKD"),
     ("mlkd", "mlkd:MLKD", "MLKDOptions", "MLKD: instance, batch and class level at five temperatures"),
+    ("fitnet", "fitnet:FitNet", "FitNetOptions", "a regressed feature, mean squared error (Romero et al., 2015)"),
+    ("vid", "vid:VID", "VIDOptions", "features under a Gaussian of learned variance (Ahn et al., 2019)"),
+    ("ab", "ab:AB", "ABOptions", "which neurons are active, with a margin (Heo et al., 2019)"),
+    ("ft", "ft:FT", "FTOptions", "factors of a paraphraser and a translator (Kim et al., 2018)"),
+    ("fsp", "fsp:FSP", "FSPOptions", "Gram matrices of neighbouring stages (Yim et al., 2017)"),
+    ("kdsvd", "kdsvd:KDSVD", "KDSVDOptions", "singular vectors of neighbouring stages (Lee et al., 2018)"),
+)
+ADAPTERS = (  # name, about
+    ("auto", "linear for vectors, conv1x1 for maps, attention between unlike features"),
+    ("conv1x1", "a 1x1 convolution of a map, pooled to the smaller size"),
+    ("linear", "a linear map of a vector, or of each token"),
+    ("attention", "learned queries attend to a map, tokens or a vector, for any feature of the teacher"),
 )
 
 
@@ -32,3 +44,5 @@ LOSSES = (  # name, "file:Class", options class in options.py, about
 def kdcore_register(registry: kdcore.Registrar) -> None:
     for name, target, options, about in LOSSES:
         registry.loss(name, f"{__name__}.{target}", options=f"{__name__}.options:{options}", about=about)
+    for name, about in ADAPTERS:
+        registry.adapter(name, f"{__name__}.adapters:{name}", options=f"{__name__}.options:Options", about=about)

@@ -10,7 +10,7 @@ from torch.linalg import vector_norm
 
 from kdcore import Shapes
 
-from .maps import alike, map_pairs
+from .maps import map_pairs, match
 from .options import ATOptions, Variant
 from .paired import Paired
 from .pairs import Pair
@@ -31,7 +31,7 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: int = 2, variant: Variant = 
         p: the power, from 1.
         variant: "public" or "paper".
     """
-    own, other = alike(student, teacher.detach())
+    own, other = match(student, teacher.detach())
     if variant == "paper":
         return vector_norm(_attention(own.abs(), p) - _attention(other.abs(), p), dim=1).mean() / 2
     return (_attention(own, p) - _attention(other, p)).square().mean()

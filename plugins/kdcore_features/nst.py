@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdcore import Shapes
 
-from .maps import alike, map_pairs
+from .maps import map_pairs, match
 from .paired import Paired
 from .vectors import unit
 
@@ -25,7 +25,7 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student: [B, C, H, W], floating.
         teacher: [B, C', H', W']; the larger map is pooled to the smaller; it gets no gradient.
     """
-    own, other = (unit(maps.flatten(2)) for maps in alike(student, teacher.detach()))
+    own, other = (unit(maps.flatten(2)) for maps in match(student, teacher.detach()))
     return _kernel(other, other) + _kernel(own, own) - 2 * _kernel(own, other)
 
 

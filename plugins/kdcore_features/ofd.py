@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from kdcore import Batch, Outputs, Shapes
 
+from .maps import as_map, map_shape
 from .options import OFDOptions
-from .pairs import as_map, features, map_shape, pairs, taps
+from .pairs import features, pairs, taps
 
 RARE = 1e-3  # negative responses below this share say nothing about their mean
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from kdcore import Field, Options
 
@@ -107,3 +107,48 @@ class MLKDOptions(Options):
     beside: tuple[Temperature, ...] = Field((3.0, 5.0, 2.0, 6.0), description="a list of further temperatures above 0")
     normalize: Literal["none", "instance"] = Field("none", description='"none" or "instance"')
     views: Literal[1, 2] = Field(1, description='1, or 2 where the transform "views" doubles the batch')
+
+
+class AdapterOptions(TapOptions):
+    """The student's feature goes through an adapter that is trained with the student."""
+
+    adapts: ClassVar = True
+    adapter: str = Field("auto", description='an adapter: "auto", "conv1x1", "linear", "attention", or a plugin\'s')
+
+
+class FitNetOptions(AdapterOptions):
+    student: tuple[str, ...] = Field(("stage2",), min_length=1, description=TAPS)
+    teacher: tuple[str, ...] = Field(("stage2",), min_length=1, description=TAPS)
+    variant: Literal["public", "paper"] = Field("public", description='"public" or "paper"')
+
+
+class VIDOptions(AdapterOptions):
+    init_variance: float = Field(5.0, gt=0, description="the variance at the start, above 0")
+    eps: float = Field(1e-5, gt=0, description="the smallest variance, above 0")
+
+
+class ABOptions(AdapterOptions):
+    student: tuple[str, ...] = Field(("stage?_pre",), min_length=1, description=TAPS)
+    teacher: tuple[str, ...] = Field(("stage?_pre",), min_length=1, description=TAPS)
+    margin: float = Field(1.0, ge=0, description="the margin, at least 0")
+
+
+class FTOptions(TapOptions):
+    """Of the taps the deepest pair is compared."""
+
+    variant: Literal["public", "paper"] = Field("public", description='"public" or "paper"')
+    rate: float = Field(0.5, gt=0, description="channels of a factor, as a share of the teacher's")
+    reconstruction: float = Field(0.005, ge=0, description="the weight of the paraphraser's own loss, at least 0")
+
+
+STEM_AND_STAGES = "st?*[m1-9]"  # stage1 and so on, and stem where a model has one; not stage1_pre
+
+
+class FSPOptions(TapOptions):
+    student: tuple[str, ...] = Field((STEM_AND_STAGES,), min_length=1, description=TAPS)
+    teacher: tuple[str, ...] = Field((STEM_AND_STAGES,), min_length=1, description=TAPS)
+
+
+class KDSVDOptions(TapOptions):
+    vectors: int = Field(1, ge=1, description="how many singular vectors of the teacher count, at least 1")
+    unfold: Literal["channels", "width"] = Field("channels", description='"channels" or "width"')

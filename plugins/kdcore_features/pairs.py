@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from kdcore import Outputs, PlanError, Shapes
@@ -45,19 +46,6 @@ def features(student: Outputs, teacher: Outputs, pair: Pair) -> tuple[Tensor, Te
     )
 
 
-def map_shape(shapes: Mapping[str, tuple[int, ...]], tap: str) -> tuple[int, int, int]:
-    """(C, H, W) of a map, or of a vector as a map of one position.
-
-    Raises:
-        PlanError: the feature is neither.
-    """
-    shape = shapes[tap]
-    if len(shape) not in (1, 3):
-        fix = "Name taps that give maps [C, H, W] or vectors [C]."
-        raise PlanError(f"shape {list(shape)} is no map", where=f"tap {tap!r}", fix=fix)
-    return (shape[0], 1, 1) if len(shape) == 1 else (shape[0], shape[1], shape[2])
-
-
-def as_map(feature: Tensor) -> Tensor:
-    """[B, C, H, W] of a map, or of a vector [B, C] as a map of one position."""
-    return feature if feature.ndim == 4 else feature[:, :, None, None]
+def total(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of a loss's stages."""
+    return torch.stack(list(parts)).sum()

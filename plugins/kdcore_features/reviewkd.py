@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from kdcore import Batch, Outputs, Shapes
 
+from .maps import as_map, map_shape, pooled
 from .options import ReviewKDOptions
-from .pairs import as_map, features, map_shape, pairs, taps
+from .pairs import features, pairs, taps
 
 WIDEST = 512
 LEVELS = (4, 2, 1)
@@ -37,16 +38,9 @@ def hcl(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 def _stage(own: Tensor, other: Tensor) -> Tensor:
     sizes = [size for size in LEVELS if size < own.shape[2]]
-    pooled = [[pool(side, size) for side in (own, other)] for size in sizes]
-    parts = [F.mse_loss(*sides) / 2**level for level, sides in enumerate([[own, other], *pooled])]
+    smaller = [[pooled(side, (size, size)) for side in (own, other)] for size in sizes]
+    parts = [F.mse_loss(*sides) / 2**level for level, sides in enumerate([[own, other], *smaller])]
     return sum(parts) / (2 - 2.0 ** -len(sizes))  # the sum of the weights
-
-
-def pool(features: Tensor, size: int) -> Tensor:
-    """Adaptive average pooling of maps to [B, C, size, size], by products: their gradient is deterministic on a GPU."""
-    eyes = [torch.eye(side, dtype=features.dtype, device=features.device) for side in features.shape[2:]]
-    rows, columns = (F.adaptive_avg_pool1d(eye, size) for eye in eyes)
-    return rows.T @ features @ columns
 
 
 class Fusion(nn.Module):
