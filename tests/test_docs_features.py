@@ -16,7 +16,7 @@ from kdcore.recipe import ObjectiveTable, _objective
 
 PAGE = (Path(__file__).parents[1] / "docs" / "features.md").read_text()
 (OWN,) = blocks("python", PAGE)
-ROWS = dict(re.findall(r"^\| `(\w+)` \|.*\| (.+?) \|$", PAGE.partition("## Where")[0], re.M))
+ROWS = dict(re.findall(r"^\| `(\w+)` \|.*\| (.+?) \|$", PAGE.partition("## Adapters")[0], re.M))
 
 
 def test_every_loss_of_the_plugin_has_a_row():

@@ -10,7 +10,8 @@ from kdcore.plugins import load_plugins
 from kdcore.testing.made_up import Made, gradients, value
 
 CASES = 32
-LOSSES = load_plugins().catalog.all("loss")
+CATALOG = load_plugins().catalog
+LOSSES = CATALOG.all("loss")
 
 
 def outputs(side: Outputs, dtype: torch.dtype, draw) -> Outputs:
@@ -36,7 +37,7 @@ def batches(made: Made, seed: int):
 @pytest.mark.parametrize("entry", LOSSES, ids=lambda entry: entry.full_name)
 def test_float32_is_float64_but_for_rounding(entry):
     options = entry.options_class()
-    made = Made.of(entry.load(), options(**options.example))
+    made = Made.of(entry.load(), options(**options.example), CATALOG)
     single, double = made.module, made.again().double()
     for seed in range(CASES):
         exact, rounded = batches(made, seed)
