@@ -79,7 +79,7 @@ class DistOptions(Options):
     beta: float = Field(1.0, ge=0, description="a weight of the relation between classes, 0 or more")
     gamma: float = Field(1.0, ge=0, description="a weight of the relation between samples, 0 or more")
     temperature: float = Field(1.0, gt=0, description="a temperature above 0 (CIFAR: 4)")
-    variant: Literal["public", "paper"] = Field(
+    variant: Variant = Field(
         "public", description='"public", or "paper", which does not multiply by the squared temperature'
     )
 
@@ -119,7 +119,7 @@ class AdapterOptions(TapOptions):
 class FitNetOptions(AdapterOptions):
     student: tuple[str, ...] = Field(("stage2",), min_length=1, description=TAPS)
     teacher: tuple[str, ...] = Field(("stage2",), min_length=1, description=TAPS)
-    variant: Literal["public", "paper"] = Field("public", description='"public" or "paper"')
+    variant: Variant = Field("public", description=VARIANT)
 
 
 class VIDOptions(AdapterOptions):
@@ -136,7 +136,7 @@ class ABOptions(AdapterOptions):
 class FTOptions(TapOptions):
     """Of the taps the deepest pair is compared."""
 
-    variant: Literal["public", "paper"] = Field("public", description='"public" or "paper"')
+    variant: Variant = Field("public", description=VARIANT)
     rate: float = Field(0.5, gt=0, description="channels of a factor, as a share of the teacher's")
     reconstruction: float = Field(0.005, ge=0, description="the weight of the paraphraser's own loss, at least 0")
 
