@@ -182,7 +182,7 @@ def test_plugins_prints_one_row_a_kind_and_plugin(cli: Callable[..., Done]) -> N
     rows = [tuple(row) for row in first if row[0]]
     assert len(rows) == len(set(rows))
     assert ("model", f"vision (kdcore {__version__})") in rows
-    assert len(done.out.splitlines()) < 100
+    assert len(done.out.splitlines()) < 150  # of some 170 things
     for name in ("resnet18", "cross_entropy", "dskd", "assistants", "digits"):
         assert name in done.out
 

@@ -136,8 +136,10 @@ def test_registrations_of_a_broken_plugin_are_all_dropped(install: Callable[...,
 def test_unknown_name_mentions_broken_plugins(install: Callable[..., Path]) -> None:
     install("acme", "1 / 0")
     catalog = load_plugins().catalog
-    with pytest.raises(PluginError, match=r"unknown loss 'shiny'\. Known: .* A broken plugin may offer it: acme \("):
-        catalog.find("loss", "shiny")
+    with pytest.raises(
+        PluginError, match=r"unknown strategy 'shiny'\. Known: .* A broken plugin may offer it: acme \("
+    ):
+        catalog.find("strategy", "shiny")
     with pytest.raises(RecipeError, match=r"Did you mean 'dkd'\? A broken plugin may offer it: acme \("):
         catalog.find("loss", "dkdd")  # the likelier mistake is the recipe's
 

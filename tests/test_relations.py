@@ -181,7 +181,7 @@ def test_maps_of_any_two_sizes_are_compared(name, own, other):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_student_that_is_its_teacher_has_no_loss(name):
-    loss = Made.of(SUBJECTS[name].load(), SUBJECTS[name].example())
+    loss = Made.of(SUBJECTS[name].load(), SUBJECTS[name].example(), SUBJECTS[name].catalog)
     inputs = loss.given(dtype=torch.float64)
     taps = inputs.teacher.taps
     own = Outputs(inputs.student.logits, dict(zip(inputs.student.taps, taps.values(), strict=True)))
@@ -192,5 +192,5 @@ def test_a_student_that_is_its_teacher_has_no_loss(name):
 @pytest.mark.parametrize("name", ["at", "nst"])
 def test_a_vector_where_a_map_is_needed_is_refused_by_the_name_of_its_tap(name):
     shapes = Shapes(2, 64, {"stage1": (4, 8, 8)}, {"stage1": (16,)})
-    with pytest.raises(PlanError, match=r"tap 'stage1': a map \[C, H, W\] is needed, but it is \[16\]"):
+    with pytest.raises(PlanError, match=r"tap 'stage1' is no map\. Name taps of maps \[C, H, W\]"):
         SUBJECTS[name].load().build(shapes, SUBJECTS[name].example())
