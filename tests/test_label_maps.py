@@ -374,3 +374,9 @@ def test_a_module_of_other_classes_without_a_map_is_told_of_it(tmp_path):
         distilled(tmp_path, teacher=Norm(10))
     with pytest.raises(PlanError, match=r"\(2, 12\).*It must give \[B, 10\].*of = 12"):
         distilled(tmp_path, teacher=Norm(12), label_map=SUBSET)
+
+
+def test_a_map_is_given_once(tmp_path):
+    teacher = {"model": "mlp", "size": 2, "label_map": SUBSET}
+    with pytest.raises(RecipeError, match=r"distill\(label_map=...\): the teacher's table has a label map too"):
+        distilled(tmp_path, teacher=teacher, label_map=SUBSET)
