@@ -56,6 +56,7 @@ def protocol(result: Table) -> dict[str, Any]:
         "model_options": [_options(recipe[role]) for role in ("teacher", "student")],
         "objective": recipe["objective"],
         "precision": recipe["precision"],
+        "channels_last": recipe["channels_last"],
         "threads": recipe["threads"],
     }
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kdcore_search.candidates import named
 from safetensors.torch import load_file, save_file
 from small import RECIPE, die_at_step_30, file_hash, make_run
 from torch import nn
@@ -19,6 +20,7 @@ from kdcore.losses import dkd_loss, kd_loss
 from kdcore.plan import ModelRef, Spec
 from kdcore.plugins import load_plugins
 from kdcore.recipe import compile_recipe, load
+from kdcore.testing.strategy import run_view
 from kdcore.training.evaluate import evaluating
 from kdcore.training.mapped import Mapped
 from kdcore.training.member import Tapped, build_model, make_ema, tap_names
@@ -345,6 +347,12 @@ def test_logits_of_other_classes_name_the_label_map(loss):
         loss(torch.zeros(4, 3), torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"same rows and classes\.$"):
         loss(torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64))
+
+
+def test_a_candidate_has_no_map():
+    view = run_view(model=lambda table: ModelRef("mlp", label_map=Spec("subset", table["label_map"])))
+    with pytest.raises(RecipeError, match=r"strategy.candidates\[0\]: a candidate has no label map"):
+        named(view, [{"model": "mlp", "label_map": SUBSET}])
 
 
 # ---------------------------------------------------------------- from Python
