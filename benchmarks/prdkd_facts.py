@@ -15,6 +15,9 @@ from kdcore.progress import look
 
 Table = Mapping[str, Any]
 
+GRID = "(grid)"
+"""How the strategy ends the names of a grid's stages."""
+
 
 def facts(folder: Path) -> dict[str, Any]:
     """The figures of a finished run of the strategy ``variants``."""
@@ -50,14 +53,23 @@ def protocol(result: Table) -> dict[str, Any]:
         "train": recipe["train"],
         "strategy": recipe["strategy"],
         "models": [recipe[role]["model"] for role in ("teacher", "student")],
+        "model_options": [_options(recipe[role]) for role in ("teacher", "student")],
+        "objective": recipe["objective"],
         "precision": recipe["precision"],
+        "channels_last": recipe["channels_last"],
         "threads": recipe["threads"],
     }
 
 
+def _options(model: Table) -> dict[str, Any]:
+    """All of a model's table but its name and where its weights lie."""
+    return {key: value for key, value in model.items() if key not in ("model", "weights")}
+
+
 def _grid(result: Table) -> Iterator[dict[str, Any]]:
     """Every point that was tried, with its accuracy on the monitor split."""
-    tried = {name: member for stage in result["stages"] for name, member in stage["members"].items()}
+    stages = [stage for stage in result["stages"] if stage["name"].endswith(GRID)]  # a variant may have a point's name
+    tried = {name: member for stage in stages for name, member in stage["members"].items()}
     for variant in result["recipe"]["strategy"]["variant"]:
         grid = variant.get("grid", {})
         for number, values in enumerate(itertools.product(*grid.values()), 1) if grid else ():

@@ -41,7 +41,9 @@ def _run(run: Table) -> Iterator[str]:
         yield "Differences of the last epoch, paired by seed, with 95 % intervals by Student's t:\n"
         yield table(("less", "points"), differences)
     if run["grid"]:
-        yield "The grid (monitor split, one seed, shorter training); the chosen point in bold:\n"
+        epochs = about["train"]["epochs"]
+        spent = f"{about['strategy'].get('grid_epochs') or epochs} of {epochs} epochs"
+        yield f"The grid (monitor split, one seed, {spent}); the chosen point in bold:\n"
         yield table(("method", "tried: accuracy"), [[name, _tried(run, name)] for name in _names(run)])
     if run["warnings"]:
         yield "Warnings of the run:\n\n" + "".join(f"- {text}\n" for text in run["warnings"])
@@ -93,8 +95,13 @@ def _chosen(run: Table, name: str) -> str:
     if best is None:
         return ""
     tried = [row["point"] for row in run["grid"] if row["variant"] == name]
-    edge = " (edge of the grid)" if best["point"] in (tried[0], tried[-1]) else ""
-    return _words(best["point"]) + edge
+    edge = any(_at_edge(value, {point[path] for point in tried}) for path, value in best["point"].items())
+    return _words(best["point"]) + (" (edge of the grid)" if edge else "")
+
+
+def _at_edge(value: Any, values: set[Any]) -> bool:
+    """The smallest or largest of several numbers, beyond which a better one may lie."""
+    return not isinstance(value, str | bool) and len(values) > 1 and value in (min(values), max(values))
 
 
 def _tried(run: Table, name: str) -> str:
@@ -105,7 +112,11 @@ def _tried(run: Table, name: str) -> str:
 
 
 def _words(point: Table) -> str:
-    return ", ".join(f"{path.rpartition('.')[2]} {value:g}" for path, value in point.items())
+    return ", ".join(f"{path.rpartition('.')[2]} {_word(value)}" for path, value in point.items())
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def _where(run: Table) -> str:

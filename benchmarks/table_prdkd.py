@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--pairs", nargs="+", default=["short"], help="names of recipes in examples/cifar100, default short")
     add("--methods", nargs="+", default=[], help="variants of the recipe, default all")
-    add("--epochs", type=int, help="of the students, default the recipe's; milestones change in proportion")
+    add("--epochs", type=int, help="of the students, default the recipe's; milestones and warm-ups in proportion")
     add("--seeds", type=int, help="of every student, default the recipe's")
     add("--settings", choices=("recipe", "field"), default="recipe", help="default recipe")
     add("--root", type=Path, help="folder of the data's files")
@@ -112,18 +112,29 @@ def _field(variant: Mapping[str, Any], beta: float) -> dict[str, Any]:
 
 
 def _shortened(recipe: Mapping[str, Any], epochs: int) -> dict[str, Any]:
-    """All lengths in proportion to the students' epochs."""
+    """Lengths, milestones and warm-ups in proportion to the students' epochs; the grid keeps its own."""
     train = dict(recipe["train"])
     share = epochs / train["epochs"]
-    train |= {"epochs": epochs, "schedule": _scaled(train.get("schedule", "cosine"), share)}
+    train = _warmed(train, share) | {"epochs": epochs, "schedule": _scaled(train.get("schedule", "cosine"), share)}
     if "teacher" in train:
-        teacher = dict(train["teacher"])
+        teacher = _warmed(train["teacher"], share)
         if "epochs" in teacher:
             teacher["epochs"] = max(1, round(teacher["epochs"] * share))
         if "schedule" in teacher:
             teacher["schedule"] = _scaled(teacher["schedule"], share)
         train["teacher"] = teacher
-    return {**recipe, "train": train}
+    strategy = dict(recipe["strategy"])
+    strategy["variant"] = [
+        {**variant, "objective": [_warmed(term, share) for term in variant["objective"]]}
+        for variant in strategy["variant"]
+    ]
+    return {**recipe, "train": train, "strategy": strategy}
+
+
+def _warmed(table: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """The table with its warm-up, if it has one, at this share."""
+    warmup = {"warmup_epochs": table["warmup_epochs"] * share} if "warmup_epochs" in table else {}
+    return {**table, **warmup}
 
 
 def _scaled(schedule: Any, share: float) -> Any:

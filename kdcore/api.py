@@ -187,7 +187,11 @@ def _teacher(given: Given, teacher: Model, label_map: Table | None, train: Table
     """The teacher's table; a module is used as it is, unless it is said how to train it."""
     table = given.table(teacher, "teacher", label_map is not None)
     if label_map is not None:
-        table = {**({"model": table} if isinstance(table, str) else table), "label_map": label_map}
+        table = {"model": table} if isinstance(table, str) else table
+        if "label_map" in table:
+            what = "the teacher's table has a label map too"
+            raise RecipeError(what, where="distill(label_map=...)", fix="Give it once.")
+        table = {**table, "label_map": label_map}
     if isinstance(teacher, Mapping | str) or train is not None:
         return table
     if given.dataset.mean is None:

@@ -329,9 +329,10 @@ def _source(recipe: Recipe, catalog: Catalog) -> SourceSpec:
 
 
 def _values(key: str, data: Any) -> Iterator[Any]:
-    """What stands under ``key`` in any table of ``data``."""
-    if isinstance(data, Mapping) and key in data:
-        yield data[key]
+    """What stands under ``key`` in any table of ``data``, and what a grid has for it under ``term.key``."""
+    for name, value in data.items() if isinstance(data, Mapping) else ():
+        if name.rpartition(".")[2] == key:
+            yield from value if isinstance(value, list | tuple) else (value,)
     for item in data.values() if isinstance(data, Mapping) else data if isinstance(data, list | tuple) else ():
         yield from _values(key, item)
 

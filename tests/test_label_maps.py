@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kdcore_search.candidates import named
 from safetensors.torch import load_file, save_file
 from small import RECIPE, die_at_step_30, file_hash, make_run
 from torch import nn
@@ -19,6 +20,7 @@ from kdcore.losses import dkd_loss, kd_loss
 from kdcore.plan import ModelRef, Spec
 from kdcore.plugins import load_plugins
 from kdcore.recipe import compile_recipe, load
+from kdcore.testing.strategy import run_view
 from kdcore.training.evaluate import evaluating
 from kdcore.training.mapped import Mapped
 from kdcore.training.member import Tapped, build_model, make_ema, tap_names
@@ -347,6 +349,12 @@ def test_logits_of_other_classes_name_the_label_map(loss):
         loss(torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64))
 
 
+def test_a_candidate_has_no_map():
+    view = run_view(model=lambda table: ModelRef("mlp", label_map=Spec("subset", table["label_map"])))
+    with pytest.raises(RecipeError, match=r"strategy.candidates\[0\]: a candidate has no label map"):
+        named(view, [{"model": "mlp", "label_map": SUBSET}])
+
+
 # ---------------------------------------------------------------- from Python
 
 
@@ -374,3 +382,9 @@ def test_a_module_of_other_classes_without_a_map_is_told_of_it(tmp_path):
         distilled(tmp_path, teacher=Norm(10))
     with pytest.raises(PlanError, match=r"\(2, 12\).*It must give \[B, 10\].*of = 12"):
         distilled(tmp_path, teacher=Norm(12), label_map=SUBSET)
+
+
+def test_a_map_is_given_once(tmp_path):
+    teacher = {"model": "mlp", "size": 2, "label_map": SUBSET}
+    with pytest.raises(RecipeError, match=r"distill\(label_map=...\): the teacher's table has a label map too"):
+        distilled(tmp_path, teacher=teacher, label_map=SUBSET)

@@ -63,6 +63,18 @@ def test_a_gradient_of_nothing_has_a_norm_of_zero_and_no_direction():
     assert all(torch.isfinite(value) for value in found.values())
 
 
+@pytest.mark.parametrize("pieces", [2, 3, 4])
+def test_norms_of_a_batch_in_pieces_are_those_of_the_whole(pieces):
+    def of(copies, share=1.0):
+        terms = [live(CrossEntropy(), 2.0, loss="cross_entropy"), live(KD(), 0.5)]
+        batch = Batch(BATCH.inputs, BATCH.target.repeat(copies), BATCH.index.repeat(copies), 0)
+        others = {"teacher": Outputs(TEACHER.repeat(copies, 1))}
+        found = entries(terms, Outputs(STUDENT.repeat(copies, 1)), others, batch, share)
+        return {name: value.item() for name, value in found.items()}
+
+    assert of(1, 1 / pieces) == pytest.approx(of(pieces), rel=1e-5)  # every piece is the same, as is their mean
+
+
 class Moody(nn.Module):
     """A loss with state, which draws random numbers."""
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from kdcore.codec import encode
 from kdcore.data import Batch
-from kdcore.errors import RecipeError
+from kdcore.errors import PlanError, RecipeError
 from kdcore.losses import terms as losses
 from kdcore.options import Options
 from kdcore.outputs import Outputs
@@ -21,7 +21,7 @@ from kdcore.plan import Term
 from kdcore.plugins import load_plugins
 from kdcore.recipe import compile_recipe, load
 from kdcore.training import session
-from kdcore.training.member import LiveTerm, Tapped
+from kdcore.training.member import LiveTerm, Tapped, tap_names
 from kdcore.training.objective import source_of, weighted_loss
 
 ENTROPY, KD = {"loss": "cross_entropy"}, {"loss": "kd", "weight": 4.0}
@@ -218,3 +218,11 @@ def test_two_of_a_loss_have_weights_and_schedules_of_their_own(tmp_path):
 def test_two_of_a_loss_without_names_are_told_to_take_some():
     with pytest.raises(RecipeError, match=r"""objective\[2\].name: the name 'kd' is objective\[1\]'s. Give this one"""):
         compiled(recipe(ENTROPY, KD, KD))
+
+
+@pytest.mark.parametrize(("taps", "fix"), [({"a": "0", "b": "1"}, "Taps: a, b."), ({}, "It has none; take a model")])
+def test_a_tap_that_is_not_there_is_told_what_is(taps, fix):
+    module = nn.Identity()
+    module.taps = taps
+    with pytest.raises(PlanError, match=f"no tap 'stage\\?'. {fix}"):
+        tap_names(module, ["stage?"])

@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import table_prdkd  # noqa: E402
+from prdkd_facts import _grid, protocol  # noqa: E402
 from prdkd_published import ABLATION, METHODS, PAPER, published  # noqa: E402
-from prdkd_table import by_seed, page  # noqa: E402
+from prdkd_table import _chosen, by_seed, page  # noqa: E402
 
 RECIPES = sorted((ROOT / "examples" / "cifar100").glob("*.toml"))
 TINY = """
@@ -70,7 +71,39 @@ def test_the_page_says_what_the_run_says(made):
     assert "## tiny: short budget: no verdict" in text
     assert run["tag"] in text
     assert "dkd-class less dkd" in text
+    assert "The grid (monitor split, one seed, 1 of 2 epochs)" in text
     assert [row["point"] for row in run["grid"]] == [{"kd.weight": 1.0}, {"kd.weight": 4.0}]
+
+
+def grid_of(points: list[dict], worths: list[float]) -> dict:
+    return {"grid": [{"variant": "kd", "point": p, "monitor": w} for p, w in zip(points, worths, strict=True)]}
+
+
+@pytest.mark.parametrize(
+    ("best", "text"),
+    [(1, "weight 4, normalize none"), (4, "weight 16, normalize instance (edge of the grid)")],
+)
+def test_a_chosen_point_at_an_edge_is_marked_and_may_hold_words(best, text):
+    points = [{"kd.weight": w, "kd.normalize": n} for n in ("none", "instance") for w in (1.0, 4.0, 16.0)]
+    points[4], points[5] = points[5], points[4]
+    assert _chosen(grid_of(points, [float(i == best) for i in range(6)]), "kd") == text
+
+
+def test_a_variant_with_the_name_of_a_point_does_not_stand_in_the_grid():
+    def stage(name: str, worth: float) -> dict:
+        return {"name": name, "members": {"kd-1": {"monitor_accuracy_last": worth}}}
+
+    strategy = {"variant": [{"name": "kd", "grid": {"kd.weight": [1.0]}}, {"name": "kd-1"}]}
+    result = {"stages": [stage("a (grid)", 0.1), stage("a (seed 0)", 0.9)], "recipe": {"strategy": strategy}}
+    assert [row["monitor"] for row in _grid(result)] == [0.1]
+
+
+def test_other_sizes_of_models_are_another_protocol(made):
+    folder, _ = made
+    (path,) = folder.glob("runs/run-*/result.json")
+    result = json.loads(path.read_text())
+    larger = {**result["recipe"]["teacher"], "size": 3}
+    assert protocol({**result, "recipe": {**result["recipe"], "teacher": larger}}) != protocol(result)
 
 
 def test_the_same_command_goes_on_and_writes_the_same_figures(made):
@@ -121,6 +154,10 @@ def test_epochs_change_all_lengths_in_proportion():
     assert recipe["train"]["schedule"]["milestones"] == [15, 18, 21, 24]
     assert recipe["train"]["teacher"]["epochs"] == 24
     assert recipe["train"]["teacher"]["schedule"]["milestones"] == [15, 18, 21]
+    warmed = {v["name"]: v["objective"][1].get("warmup_epochs") for v in recipe["strategy"]["variant"]}
+    assert (warmed["dkd"], warmed["reviewkd"], warmed["kd"]) == (2.0, 2.0, None)
+    short = table_prdkd.recipe_of("short", options(epochs=30))
+    assert (short["train"]["warmup_epochs"], short["strategy"]["grid_epochs"]) == (2.0, 4)
 
 
 def test_the_fields_settings_are_those_of_published_runs():

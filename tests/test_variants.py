@@ -130,8 +130,22 @@ def test_a_class_normalised_variant_leaves_out_the_ragged_last_batch():
     recipe = {**RECIPE, "data": {"name": "digits", "batch_size": 128}}
     catalog = load_plugins().catalog
     assert compile_recipe(load(recipe), catalog)[0].data.drop_last
+    tried = {"name": "variants", "variant": [variant("kd", grid={"kd.normalize": ["none", "class"]})]}
+    assert compile_recipe(load({**recipe, "strategy": tried}), catalog)[0].data.drop_last
     plain = {**recipe, "strategy": {"name": "variants", "variant": [variant("kd")]}}
     assert not compile_recipe(load(plain), catalog)[0].data.drop_last
+
+
+def test_a_grid_without_values_is_refused():
+    with pytest.raises(RecipeError, match=r"strategy.variant\[0\].grid"):
+        drive({}, [variant("kd", grid={"kd.weight": []})])
+
+
+def test_a_ledger_is_kept_of_every_stage_of_students():
+    asked, _, _ = drive({}, [variant("kd", grid={"kd.weight": [1.0, 2.0]})], run_view(ledger=50))
+    (teacher, *tried), (_, *final) = asked
+    assert [stage.ledger for stage in (*tried, *final)] == [50, 50]
+    assert teacher.ledger == 0
 
 
 def test_controllers_are_refused():

@@ -37,11 +37,21 @@ def norms_and_cosines(gradients: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return stacked.norm(dim=1), units @ units.T
 
 
-def entries(terms: Iterable[LiveTerm], own: Outputs, others: Mapping[str, Outputs], batch: Batch) -> dict[str, Tensor]:
+def entries(
+    terms: Iterable[LiveTerm], own: Outputs, others: Mapping[str, Outputs], batch: Batch, share: float = 1.0
+) -> dict[str, Tensor]:
     """``norm.<term>`` and ``cosine.<a>.<b>`` on a running batch, each 0-d, for terms that act through the logits alone.
 
     Every term is computed once more, also one that is fused with cross-entropy in training. Copies of the terms are
     asked, on copies of the logits, and random state is put back: what is trained does not notice.
+
+    Args:
+        terms: the live terms.
+        own: the learner's outputs.
+        others: outputs of the members that the terms name.
+        batch: the batch or a piece of it.
+        share: the piece's share of the batch. A mean over fewer samples has a steeper gradient at each of them, so a
+            piece's norm is multiplied by the root of its share; the mean over pieces is then on the batch's scale.
     """
     found = at_logits(terms)
     if not found:
@@ -51,7 +61,7 @@ def entries(terms: Iterable[LiveTerm], own: Outputs, others: Mapping[str, Output
     with torch.random.fork_rng(devices=[logits.device] if logits.is_cuda else []):
         twins = [replace(term, module=copy.deepcopy(term.module)) for term in found]
         norms, cosines = norms_and_cosines([gradient(twin, logits, sources, batch) for twin in twins])
-    rows = {f"norm.{term.label}": norm for term, norm in zip(found, norms, strict=True)}
+    rows = {f"norm.{term.label}": norm * share**0.5 for term, norm in zip(found, norms, strict=True)}
     for i, a in enumerate(found):
         rows |= {f"cosine.{a.label}.{b.label}": cosines[i, j] for j, b in enumerate(found) if j > i}
     return rows

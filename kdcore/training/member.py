@@ -94,7 +94,8 @@ def tap_names(module: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
     wanted = tuple(patterns)
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in taps):
-            raise PlanError(f"no tap {pattern!r}", where=type(module).__name__, fix=f"Taps: {', '.join(taps)}.")
+            fix = f"Taps: {', '.join(taps)}." if taps else "It has none; take a model with taps, or a loss on logits."
+            raise PlanError(f"no tap {pattern!r}", where=type(module).__name__, fix=fix)
     return tuple(name for name in taps if any(fnmatchcase(name, pattern) for pattern in wanted))
 
 

@@ -96,7 +96,7 @@ class StepContext:
         self.record(f"{name}.loss", total)
         every = self._session.stage.ledger
         if every and self.step % every == 0:
-            for key, value in ledger.entries(learner.live(), own, others, batch).items():
+            for key, value in ledger.entries(learner.live(), own, others, batch, self._share).items():
                 self.record(f"{name}.{key}", value)
         return total
 

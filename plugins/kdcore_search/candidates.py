@@ -14,10 +14,13 @@ def named(run: kdcore.RunView, tables: Sequence[Mapping[str, Any]]) -> list[kdco
     """The models of the tables; measures nothing.
 
     Raises:
-        RecipeError: an unknown name, a bad option, or a model that stands there twice.
+        RecipeError: an unknown name, a bad option, a label map, or a model that stands there twice.
     """
     models = [run.model(table) for table in tables]
     for i, model in enumerate(models):
+        if model.label_map is not None:
+            fix = "It learns the data's classes; only the teacher can have others."
+            raise kdcore.RecipeError("a candidate has no label map", where=f"strategy.candidates[{i}]", fix=fix)
         if model in models[:i]:
             what = f"{model} is candidates[{models.index(model)}] again"
             raise kdcore.RecipeError(what, where=f"strategy.candidates[{i}]", fix="Leave one of them out.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from kdcore import Field, Options
 
@@ -23,7 +23,7 @@ class VariantOptions(Options):
     objective: tuple[dict[str, Any], ...] = Field(
         min_length=1, description='a list of tables like those of [[objective]], e.g. [{ loss = "kd" }]'
     )
-    grid: dict[str, tuple[Any, ...]] = Field(
+    grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1, description="a list of values to try")]] = Field(
         {}, description='a table of values to try, e.g. { "kd.weight" = [1, 4, 16] }'
     )
 

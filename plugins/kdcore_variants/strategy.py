@@ -106,7 +106,7 @@ def _stages(
         what = ", ".join(learners) if len(learners) <= NAMED else f"{len(learners)} variants"
         name = f"{source.model} -> {run.student} by {what} ({about})"
         members = {"teacher": source, **learners}
-        stages.append(kdcore.Stage(name, members, run.data, epochs, seed=run.seed, keep=run.keep))
+        stages.append(kdcore.Stage(name, members, run.data, epochs, seed=run.seed, keep=run.keep, ledger=run.ledger))
     return stages
 
 
