@@ -164,6 +164,14 @@ def test_irg_is_the_sum_of_its_vertices_edges_and_transformations():
     torch.testing.assert_close(irg_loss(*maps, logits), whole)
 
 
+def test_irg_takes_the_mean_of_tokens_and_not_of_their_channels():
+    """After a transformer's norm the channels of a token have a mean of 0: nothing would be left to compare."""
+    sides = [[normal(4, 5, 8, seed=seed), normal(4, 5, 6, seed=seed + 1)] for seed in (0, 2)]
+    logits = normal(4, 3), normal(4, 3, seed=1)
+    means = [[tokens.mean(1) for tokens in side] for side in sides]
+    torch.testing.assert_close(irg_loss(*sides, logits), irg_loss(*means, logits))
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 30), st.integers(1, 30))
 def test_averages_are_those_of_adaptive_pooling(length, count):
