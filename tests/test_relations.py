@@ -16,10 +16,10 @@ from kdcore_features.cc import cc_loss
 from kdcore_features.irg import irg_loss
 from kdcore_features.maps import averages
 from kdcore_features.nst import nst_loss
-from kdcore_features.options import ATOptions, PKTOptions, RKDOptions
+from kdcore_features.options import ATOptions, PKTOptions, RKDOptions, SPOptions
 from kdcore_features.pkt import pkt_loss
 from kdcore_features.rkd import rkd_loss
-from kdcore_features.sp import sp_loss
+from kdcore_features.sp import SP, sp_loss
 
 from kdcore import Outputs, PlanError, Shapes
 from kdcore.testing import Subject, parametrize_with_checks, subjects_of
@@ -164,6 +164,18 @@ def test_irg_is_the_sum_of_its_vertices_edges_and_transformations():
     torch.testing.assert_close(irg_loss(*maps, logits), whole)
 
 
+def test_sp_compares_the_last_stage_alone_unless_told_otherwise():
+    """The published weight of 3000 belongs to one stage."""
+    stages = {"stage1": normal(4, 3, 4, 4), "stage2": normal(4, 6, 2, 2)}
+    others = {name: 2 + normal(*tap.shape, seed=1) for name, tap in stages.items()}
+    shapes = Shapes(3, 64, *({name: tuple(tap.shape[1:]) for name, tap in side.items()} for side in (stages, others)))
+    own, other = (Outputs(normal(4, 3), side) for side in (stages, others))
+    found, everything = (SP.build(shapes, SPOptions(deepest=deepest))(own, other, None) for deepest in (True, False))
+    last = sp_loss(stages["stage2"], others["stage2"])
+    torch.testing.assert_close(found, last)
+    torch.testing.assert_close(everything, last + sp_loss(stages["stage1"], others["stage1"]))
+
+
 def test_irg_takes_the_mean_of_tokens_and_not_of_their_channels():
     """After a transformer's norm the channels of a token have a mean of 0: nothing would be left to compare."""
     sides = [[normal(4, 5, 8, seed=seed), normal(4, 5, 6, seed=seed + 1)] for seed in (0, 2)]
@@ -189,7 +201,7 @@ def test_maps_of_any_two_sizes_are_compared(name, own, other):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_student_that_is_its_teacher_has_no_loss(name):
-    loss = Made.of(SUBJECTS[name].load(), SUBJECTS[name].example())
+    loss = Made.of(SUBJECTS[name].load(), SUBJECTS[name].example(), SUBJECTS[name].catalog)
     inputs = loss.given(dtype=torch.float64)
     taps = inputs.teacher.taps
     own = Outputs(inputs.student.logits, dict(zip(inputs.student.taps, taps.values(), strict=True)))
@@ -200,5 +212,5 @@ def test_a_student_that_is_its_teacher_has_no_loss(name):
 @pytest.mark.parametrize("name", ["at", "nst"])
 def test_a_vector_where_a_map_is_needed_is_refused_by_the_name_of_its_tap(name):
     shapes = Shapes(2, 64, {"stage1": (4, 8, 8)}, {"stage1": (16,)})
-    with pytest.raises(PlanError, match=r"tap 'stage1': a map \[C, H, W\] is needed, but it is \[16\]"):
+    with pytest.raises(PlanError, match=r"tap 'stage1' is no map. Name taps of maps \[C, H, W\]"):
         SUBJECTS[name].load().build(shapes, SUBJECTS[name].example())

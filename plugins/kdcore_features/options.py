@@ -52,6 +52,10 @@ class ATOptions(TapOptions):
     variant: Variant = Field("public", description=VARIANT)
 
 
+class SPOptions(TapOptions):
+    deepest: bool = Field(True, description="true to compare the deepest pair alone, as published tables do")
+
+
 class PKTOptions(PooledOptions):
     variant: Variant = Field("public", description=VARIANT)
 
