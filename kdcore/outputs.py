@@ -51,9 +51,9 @@ class Loss(Protocol):
     """A registered loss: a class with ``needs`` and ``build``.
 
     ``needs`` is a subset of {"logits", "taps", "index", "target"}; with "taps" the class has a static or class method
-    ``taps(options)``, which gives the names of the student's taps and those of the source's; ``?`` and ``*`` in a name
-    stand for one or more characters, so ``"stage?"`` is every stage that a model has. ``build`` returns a module
-    whose ``forward(student: Outputs, teacher: Outputs | None, batch: Batch)`` gives a scalar, or a dict of scalars that
+    ``taps(options)``, which gives the names of the student's taps and those of the source's; they are patterns
+    as of file names: ``"stage?"`` is stage1 to stage9, ``"stage*[0-9]"`` every stage. ``build`` returns a module whose
+    ``forward(student: Outputs, teacher: Outputs | None, batch: Batch)`` gives a scalar, or a dict of scalars that
     are summed. Parameters of the module are trained with its member and saved. An option that a knob may set is an
     attribute of the module of the same name. A module with a method ``with_cross_entropy`` computes cross-entropy in
     the same call (see :mod:`kdcore.losses.terms`). Other promises are those that :mod:`kdcore.testing.loss` checks.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kdcore_features.crd import CRD
+from kdcore_features.crd import CRD, moved
 from kdcore_features.ofd import OFD
 from kdcore_features.options import CRDOptions, OFDOptions, ReviewKDOptions
 from kdcore_features.reviewkd import ReviewKD
@@ -77,8 +77,8 @@ def test_a_step_of_training_moves_the_rows_of_its_batch_and_no_others():
     before, index = state(module), torch.tensor([3, 9, 11, 20, 38, 0])
     step(module, 0, index)
     for name in ("bank_student", "bank_teacher"):
-        moved = (module.get_buffer(name) != before[name]).any(1)
-        assert torch.equal(moved.nonzero().flatten(), index.sort().values)
+        changed = (module.get_buffer(name) != before[name]).any(1)
+        assert torch.equal(changed.nonzero().flatten(), index.sort().values)
         torch.testing.assert_close(module.get_buffer(name)[index].norm(dim=1), torch.ones(ROWS))
 
 
@@ -90,6 +90,18 @@ def test_z_is_that_of_the_first_batch_and_keeps_no_graph():
     step(module, 1)
     assert torch.equal(module.log_z, first)
     assert not any(buffer.requires_grad for buffer in module.buffers())
+
+
+def test_a_sample_that_is_twice_in_a_batch_has_one_memory_whatever_is_written_first(monkeypatch):
+    """Two views of a batch keep their positions; a GPU copies rows in any order."""
+    bank, index, vectors = torch.randn(8, 4), torch.tensor([5, 2, 5, 1, 2]), torch.randn(5, 4)
+    backwards = torch.Tensor.index_copy
+    expected = moved(bank, index[2:], vectors[2:], 0.5)
+    assert torch.equal(moved(bank, index, vectors, 0.5), expected)
+    monkeypatch.setattr(
+        torch.Tensor, "index_copy", lambda self, dim, at, rows: backwards(self, dim, at.flip(0), rows.flip(0))
+    )
+    assert torch.equal(moved(bank, index, vectors, 0.5), expected)
 
 
 def test_evaluation_leaves_the_memories_as_they_are():

@@ -9,7 +9,7 @@ from golden_cases import check_float64, load
 from kdcore_features.at import AT
 from kdcore_features.cc import cc_loss
 from kdcore_features.nst import NST
-from kdcore_features.options import ATOptions, PKTOptions, RKDOptions, TapOptions
+from kdcore_features.options import ATOptions, PKTOptions, RKDOptions, SPOptions, TapOptions
 from kdcore_features.pkt import PKT
 from kdcore_features.rkd import RKD
 from kdcore_features.sp import SP
@@ -22,7 +22,7 @@ def attention(hp):
 
 
 def similarity(hp):
-    return SP, TapOptions()
+    return SP, SPOptions(deepest=False)
 
 
 def neighbours(hp):

@@ -11,6 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kdcore_features.fitnet import FitNet
+from kdcore_features.options import FitNetOptions, ReviewKDOptions
+from kdcore_features.reviewkd import ReviewKD
 from safetensors.torch import load_file
 from small import RECIPE, make_run, weights
 
@@ -197,7 +200,7 @@ def test_worker_processes_have_the_policy_too(tmp_path, host, tight):
 @given(samples=st.integers(1, 300), batch_size=st.integers(2, 300), pieces=st.integers(2, 300), normal=st.booleans())
 def test_a_batch_is_cut_in_order_into_even_pieces_of_the_promised_size(samples, batch_size, pieces, normal):
     module = torch.nn.BatchNorm1d(2) if normal else torch.nn.Identity()
-    learner = SimpleNamespace(terms=[1], module=module)
+    learner = SimpleNamespace(terms=[SimpleNamespace(module=torch.nn.Identity())], module=module)
     stage = SimpleNamespace(data=SimpleNamespace(batch_size=batch_size))
     session = SimpleNamespace(pieces=min(pieces, batch_size), stage=stage, learners={"student": learner})
     index = torch.arange(samples)
@@ -228,6 +231,23 @@ def test_class_statistics_that_come_later_refuse_pieces_then(tmp_path, host, tig
     tight(train=40)
     with pytest.raises(DeviceError, match=r"step \d+: out of memory on cpu, and class statistics want whole batches"):
         run(tmp_path, host, RETRY, recipe={**TIGHT, "controller": [{"name": "normalise"}]})
+
+
+@pytest.mark.parametrize(("loss", "options"), [(FitNet, FitNetOptions()), (ReviewKD, ReviewKDOptions())])
+def test_batch_normalisation_in_a_losss_adapter_is_cut_into_pairs_at_most_as_in_a_model(loss, options):
+    """Public methods of feature distillation have it; they were refused for class statistics, which they lack."""
+    taps = {"stage1": (2, 4, 4), "stage2": (3, 2, 2)}
+    shapes = kdcore.Shapes(3, 8, taps, taps, adapter=lambda own, other: torch.nn.Identity())
+    term = SimpleNamespace(module=loss.build(shapes, options), label="it")
+    learner = SimpleNamespace(name="student", terms=[term], module=torch.nn.Identity(), live=lambda: [term])
+    stage = SimpleNamespace(data=SimpleNamespace(batch_size=7), step=SimpleNamespace(name="distill"))
+    session = SimpleNamespace(
+        pieces=7, stage=stage, learners={"student": learner}, step_kind=SimpleNamespace(splits=True)
+    )
+    memory.check(session)
+    index = torch.arange(7)
+    parts = memory.cut(session, kdcore.Batch(index[:, None].float(), index, index, 0.0))
+    assert [len(part.inputs) for part in parts] == [3, 2, 2]
 
 
 def test_a_loss_that_compares_samples_refuses_pieces(tmp_path, host, tight, monkeypatch):

@@ -16,14 +16,16 @@ from kdcore_features.cc import cc_loss
 from kdcore_features.irg import irg_loss
 from kdcore_features.maps import averages
 from kdcore_features.nst import nst_loss
-from kdcore_features.options import ATOptions, PKTOptions, RKDOptions
+from kdcore_features.options import ATOptions, PKTOptions, RKDOptions, SPOptions
 from kdcore_features.pkt import pkt_loss
 from kdcore_features.rkd import rkd_loss
-from kdcore_features.sp import sp_loss
+from kdcore_features.sp import SP, sp_loss
+from torch import nn
 
 from kdcore import Outputs, PlanError, Shapes
 from kdcore.testing import Subject, parametrize_with_checks, subjects_of
 from kdcore.testing.made_up import Made, value
+from kdcore.training.member import tap_names
 
 NAMES = ("at", "sp", "pkt", "rkd", "nst", "cc", "irg")
 SUBJECTS = {one.name: one for one in subjects_of(kdcore_features) if one.kind == "loss" and one.name in NAMES}
@@ -164,6 +166,42 @@ def test_irg_is_the_sum_of_its_vertices_edges_and_transformations():
     torch.testing.assert_close(irg_loss(*maps, logits), whole)
 
 
+def test_sp_compares_the_last_stage_alone_unless_told_otherwise():
+    """The published weight of 3000 belongs to one stage."""
+    stages = {"stage1": normal(4, 3, 4, 4), "stage2": normal(4, 6, 2, 2)}
+    others = {name: 2 + normal(*tap.shape, seed=1) for name, tap in stages.items()}
+    shapes = Shapes(3, 64, *({name: tuple(tap.shape[1:]) for name, tap in side.items()} for side in (stages, others)))
+    own, other = (Outputs(normal(4, 3), side) for side in (stages, others))
+    found, everything = (SP.build(shapes, SPOptions(deepest=deepest))(own, other, None) for deepest in (True, False))
+    last = sp_loss(stages["stage2"], others["stage2"])
+    torch.testing.assert_close(found, last)
+    torch.testing.assert_close(everything, last + sp_loss(stages["stage1"], others["stage1"]))
+
+
+def test_maps_of_many_channels_and_few_places_are_compared_without_a_number_for_each_pair_of_channels():
+    def naive(student, teacher):
+        own, other = (F.normalize(maps.flatten(2), dim=2) for maps in (student, teacher))
+        kernels = [torch.einsum("bip,bjp->bij", *pair).square().mean() for pair in ((own, own), (other, other))]
+        return sum(kernels) - 2 * torch.einsum("bip,bjp->bij", own, other).square().mean()
+
+    student, teacher = normal(2, 40, 2, 2), normal(2, 60, 2, 2, seed=1)
+    for expected, found in zip(gradient(naive, student, teacher), gradient(nst_loss, student, teacher), strict=True):
+        torch.testing.assert_close(found, expected)
+    wide = [torch.empty(256, 2048, 2, 2, device="meta", requires_grad=True) for _ in range(2)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+        nst_loss(*wide)
+    assert max(kept) <= wide[0].numel()
+
+
+def test_irg_takes_the_mean_of_tokens_and_not_of_their_channels():
+    """After a transformer's norm the channels of a token have a mean of 0: nothing would be left to compare."""
+    sides = [[normal(4, 5, 8, seed=seed), normal(4, 5, 6, seed=seed + 1)] for seed in (0, 2)]
+    logits = normal(4, 3), normal(4, 3, seed=1)
+    means = [[tokens.mean(1) for tokens in side] for side in sides]
+    torch.testing.assert_close(irg_loss(*sides, logits), irg_loss(*means, logits))
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 30), st.integers(1, 30))
 def test_averages_are_those_of_adaptive_pooling(length, count):
@@ -194,3 +232,24 @@ def test_a_vector_where_a_map_is_needed_is_refused_by_the_name_of_its_tap(name):
     shapes = Shapes(2, 64, {"stage1": (4, 8, 8)}, {"stage1": (16,)})
     with pytest.raises(PlanError, match=r"tap 'stage1' is no map\. Name taps of maps \[C, H, W\]"):
         SUBJECTS[name].load().build(shapes, SUBJECTS[name].example())
+
+
+@pytest.mark.parametrize("name", ["at", "sp", "nst", "irg"])
+def test_losses_of_stages_are_checked_on_three_of_them(name):
+    made = Made.of(SUBJECTS[name].load(), SUBJECTS[name].example(), SUBJECTS[name].catalog)
+    assert list(made.shapes.student) == ["stage1", "stage2", "stage3"]
+
+
+def test_every_loss_takes_the_last_stage_of_a_model_that_has_twelve():
+    """A vision transformer of timm has a tap for each block."""
+    model = nn.Module()
+    stages = [f"stage{i}" for i in range(1, 13)]
+    model.taps = dict.fromkeys(["stem", *stages, *(f"{stage}_pre" for stage in stages), "pooled"], "")
+    for subject in subjects_of(kdcore_features):
+        loss = subject.load() if subject.kind == "loss" else None
+        if "taps" not in getattr(loss, "needs", ()) or subject.name == "fitnet":  # its hint is stage2
+            continue
+        for patterns in loss.taps(subject.entry.options_class()(**subject.entry.options_class().example)):
+            found = tap_names(model, [patterns] if isinstance(patterns, str) else patterns)
+            assert {"stage12", "stage12_pre", "pooled"} & set(found), subject.name
+            assert len({tap.endswith("_pre") for tap in found if tap.startswith("stage")}) < 2, subject.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from ..training.adapters import adapter_builder
 
 Change: TypeAlias = Callable[[Tensor], Tensor]
 CLASSES, ROWS, SAMPLES = 5, 6, 64
+PATTERN = re.compile(r"[*?]*\[[^]]*\]|[*?]+")  # what stands for something else in a tap's name
 VECTOR, MAP, TOKENS = ((6,), (8,)), ((4, 4, 4), (6, 4, 4)), ((5, 6), (5, 8))  # shapes of student's and teacher's tap
 
 
@@ -71,7 +73,7 @@ def _candidates(loss: Any, options: Options) -> Iterator[Shapes]:
 
 def _named(patterns: Sequence[str]) -> list[str]:
     """Names for taps: of a pattern there are three."""
-    return [p.replace("?", digit) if "?" in p else p for p in patterns for digit in ("123" if "?" in p else "1")]
+    return [PATTERN.sub(digit, p) for p in patterns for digit in ("123" if PATTERN.search(p) else "1")]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import Batch
@@ -106,7 +107,7 @@ def check(session: Session) -> None:
             if not getattr(term.module, "mean_over_batch", True):
                 what = f"loss {term.label!r} of {learner.name} compares the samples of a batch"
                 raise _refused(session, what, "Lower data.batch_size, or take a loss that is a mean over samples.")
-            if getattr(term.module, "min_batch", 1) > 1:
+            if getattr(term.module, "min_batch", 1) > 1 and not _has_batch_norm(term.module):
                 what = f"class statistics want whole batches (loss {term.label!r} of {learner.name})"
                 raise _refused(session, what, "Lower data.batch_size, or take a loss without class statistics.")
 
@@ -137,7 +138,12 @@ def _smallest(session: Session) -> int:
 
 
 def _normalised(session: Session) -> Iterator[Learner]:
-    """Members that are trained and normalise by batches."""
+    """Members that are trained and normalise by batches, be it in an adapter of a loss alone."""
     for learner in session.learners.values():
-        if learner.terms and any(isinstance(module, _BatchNorm) for module in learner.module.modules()):
+        parts = [learner.module, *(term.module for term in learner.terms)]
+        if learner.terms and any(map(_has_batch_norm, parts)):
             yield learner
+
+
+def _has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(part, _BatchNorm) for part in module.modules())

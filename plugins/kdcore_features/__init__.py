@@ -22,7 +22,7 @@ LOSSES = (  # name, "file:Class", options class in options.py, about
     ("ofd", "ofd:OFD", "OFDOptions", "features before the activation, through a margin (overhaul of features)"),
     ("reviewkd", "reviewkd:ReviewKD", "ReviewKDOptions", "knowledge review: fused features, compared at four sizes"),
     ("crd", "crd:CRD", "CRDOptions", "contrastive representation distillation, with memory banks"),
-    ("sp", "sp:SP", "TapOptions", "similarities between the samples of a batch"),
+    ("sp", "sp:SP", "SPOptions", "similarities between the samples of a batch, at the last stage"),
     ("pkt", "pkt:PKT", "PKTOptions", "probabilities that samples are neighbours"),
     ("rkd", "rkd:RKD", "RKDOptions", "distances and angles between samples"),
     ("cc", "cc:CC", "CCOptions", "correlations between samples under a Gaussian kernel"),

@@ -67,9 +67,13 @@ def contrast(scores: Tensor, log_z: Tensor, samples: int) -> Tensor:
 def moved(bank: Tensor, index: Tensor, vectors: Tensor, momentum: float) -> Tensor:
     """A copy of the bank [N, D] with the rows at ``index`` [B] moved towards ``vectors`` [B, D].
 
+    Of a sample that is twice in the batch, in two views, the last vector counts; a GPU would take any.
+
     The old one belongs to the graph of this step, which still has its backward pass to run.
     """
-    rows = momentum * bank[index] + (1 - momentum) * vectors.detach()
+    place = torch.arange(len(index), device=index.device)
+    last = index.new_zeros(len(bank)).scatter_reduce(0, index, place, "amax")[index]
+    rows = momentum * bank[index] + (1 - momentum) * vectors.detach()[last]
     return bank.index_copy(0, index, F.normalize(rows, dim=1))
 
 

@@ -34,13 +34,14 @@ def irg_loss(
     V compares the logits, the one feature that has one width on both sides; E the squared distances between samples at
     a stage, divided by the largest; T how these change from a stage to the next, and how far each sample moves there,
     squared and divided by the farthest. E is the mean over the stages, T over the steps between them. Maps are averaged
-    over the image; where stages have different widths, channels are averaged to the smaller.
+    over the image, tokens over their number; where stages have different widths, channels are averaged to the smaller.
 
     Liu et al., Knowledge Distillation via Instance Relationship Graph, CVPR 2019. The weights are those
     of the public PyTorch code; its authors' own is for Caffe.
 
     Args:
-        student: features of the stages, shallow to deep, each [B, C, ...], floating.
+        student: features of the stages, shallow to deep, each [B, C], [B, C, H, W] or tokens [B, N, C],
+            floating.
         teacher: as many features, of any other shapes; they get no gradient.
         logits: of the student and of the teacher, [B, classes] each.
         vertex: weight of V.
@@ -58,8 +59,10 @@ def irg_loss(
 
 
 def _vectors(tap: Tensor) -> Tensor:
-    """[B, C, ...] -> [B, C]."""
-    return tap.flatten(2).mean(2) if tap.ndim > 2 else tap
+    """[B, C], [B, C, H, W] or [B, N, C] -> [B, C]."""
+    if tap.ndim == 4:
+        return tap.mean((2, 3))
+    return tap.mean(1) if tap.ndim == 3 else tap
 
 
 def _edges(rows: Tensor) -> Tensor:

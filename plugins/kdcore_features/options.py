@@ -11,14 +11,17 @@ Variant: TypeAlias = Literal["public", "paper"]
 Temperature = Annotated[float, Field(gt=0)]
 
 TAPS = 'a list of taps such as ["stage?"] or ["stage2", "stage3"]'
+STAGES = "stage*[0-9]"  # also stage10, which "stage?" is not; not stage1_pre
+BEFORE_ACTIVATION = "stage*_pre"
+STEM_AND_STAGES = "st*[m0-9]"  # a stem, where a model has one
 VARIANT = '"public" (the form of published tables) or "paper"'
 
 
 class TapOptions(Options):
     """Which features are compared, from the deepest stage on, one by one."""
 
-    student: tuple[str, ...] = Field(("stage?",), min_length=1, description=TAPS)
-    teacher: tuple[str, ...] = Field(("stage?",), min_length=1, description=TAPS)
+    student: tuple[str, ...] = Field((STAGES,), min_length=1, description=TAPS)
+    teacher: tuple[str, ...] = Field((STAGES,), min_length=1, description=TAPS)
 
 
 class CRDOptions(Options):
@@ -31,13 +34,13 @@ class CRDOptions(Options):
 
 
 class OFDOptions(TapOptions):
-    student: tuple[str, ...] = Field(("stage?_pre",), min_length=1, description=TAPS)
-    teacher: tuple[str, ...] = Field(("stage?_pre",), min_length=1, description=TAPS)
+    student: tuple[str, ...] = Field((BEFORE_ACTIVATION,), min_length=1, description=TAPS)
+    teacher: tuple[str, ...] = Field((BEFORE_ACTIVATION,), min_length=1, description=TAPS)
 
 
 class ReviewKDOptions(TapOptions):
-    student: tuple[str, ...] = Field(("stage?", "pooled"), min_length=1, description=TAPS)
-    teacher: tuple[str, ...] = Field(("stage?_pre", "pooled"), min_length=1, description=TAPS)
+    student: tuple[str, ...] = Field((STAGES, "pooled"), min_length=1, description=TAPS)
+    teacher: tuple[str, ...] = Field((BEFORE_ACTIVATION, "pooled"), min_length=1, description=TAPS)
 
 
 class PooledOptions(TapOptions):
@@ -50,6 +53,10 @@ class PooledOptions(TapOptions):
 class ATOptions(TapOptions):
     p: int = Field(2, ge=1, description="a power from 1")
     variant: Variant = Field("public", description=VARIANT)
+
+
+class SPOptions(TapOptions):
+    deepest: bool = Field(True, description="true to compare the deepest pair alone, as published tables do")
 
 
 class PKTOptions(PooledOptions):
@@ -128,8 +135,8 @@ class VIDOptions(AdapterOptions):
 
 
 class ABOptions(AdapterOptions):
-    student: tuple[str, ...] = Field(("stage?_pre",), min_length=1, description=TAPS)
-    teacher: tuple[str, ...] = Field(("stage?_pre",), min_length=1, description=TAPS)
+    student: tuple[str, ...] = Field((BEFORE_ACTIVATION,), min_length=1, description=TAPS)
+    teacher: tuple[str, ...] = Field((BEFORE_ACTIVATION,), min_length=1, description=TAPS)
     margin: float = Field(1.0, ge=0, description="the margin, at least 0")
 
 
@@ -139,9 +146,6 @@ class FTOptions(TapOptions):
     variant: Variant = Field("public", description=VARIANT)
     rate: float = Field(0.5, gt=0, description="channels of a factor, as a share of the teacher's")
     reconstruction: float = Field(0.005, ge=0, description="the weight of the paraphraser's own loss, at least 0")
-
-
-STEM_AND_STAGES = "st?*[m1-9]"  # stage1 and so on, and stem where a model has one; not stage1_pre
 
 
 class FSPOptions(TapOptions):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from torch import Tensor
 
+from kdcore import Shapes
+
+from .options import SPOptions
 from .paired import Paired
+from .pairs import pairs
 from .vectors import unit
 
 
@@ -27,10 +33,15 @@ def _similarity(features: Tensor) -> Tensor:
 
 
 class SP(Paired):
-    """The registered loss ``sp``."""
+    """The registered loss ``sp``, of the deepest pair of taps, or the sum over all of them."""
 
     mean_over_batch = False
     min_batch = 2
+
+    @classmethod
+    def build(cls, shapes: Shapes, options: SPOptions) -> Self:
+        found = pairs(shapes)
+        return cls(found[-1:] if options.deepest else found)
 
     def compare(self, own: Tensor, other: Tensor) -> Tensor:
         return sp_loss(own, other)
