@@ -32,9 +32,8 @@ def test_the_printed_line_of_a_loss_is_a_term(name):
     assert term.loss == f"features/{name}"
 
 
-def test_the_printed_loss_takes_one_file_of_under_40_lines(tmp_path, cli):
-    file = tmp_path / "cosine.py"
-    file.write_text(OWN)
+def test_the_printed_loss_takes_one_file_of_under_40_lines(tmp_path, cli, plugin_file):
+    file = plugin_file("cosine", OWN)
     assert len(OWN.splitlines()) < 40
     assert cli("check-plugin", file).code == 0
     objective = [{"loss": "cross_entropy"}, {"loss": "cosine", "weight": 2.0}]

@@ -270,10 +270,9 @@ def test_a_source_without_epochs_wants_a_tick(tmp_path):
         make_run(tmp_path, recipe=recipe, host=load_plugins(files=[PROOFS])).execute()
 
 
-def test_a_plugins_cross_entropy_is_not_mistaken_for_the_cores(tmp_path):
-    file = tmp_path / "acme.py"
-    file.write_text(PLUGIN_ENTROPY)
-    recipe = {**RECIPE, "objective": [{"loss": "acme/cross_entropy"}, {"loss": "kd"}]}
+def test_a_plugins_cross_entropy_is_not_mistaken_for_the_cores(tmp_path, plugin_file):
+    file = plugin_file("entropy_plugin", PLUGIN_ENTROPY)
+    recipe = {**RECIPE, "objective": [{"loss": "entropy_plugin/cross_entropy"}, {"loss": "kd"}]}
     rows = curve(make_run(tmp_path, recipe=recipe, host=load_plugins(files=[file])).execute())
     assert {row["train.cross_entropy"] for row in rows} == {42.0}
 
