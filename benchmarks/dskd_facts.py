@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tables import MEASURES, PLACES, read
+from tables import MEASURES, protocol, read
 
 from kdcore.chains import Chain, chains, chosen, label, learners, stop
 from kdcore.codec import digest
@@ -34,8 +34,8 @@ def facts(folder: Path) -> dict[str, Any]:
         "finished": result["run"]["finished"],
         "wall_seconds": look(folder, stages).seconds,
         "jobs": json.loads((folder / "run.json").read_bytes())["jobs"],
-        "tag": digest(protocol(result))[:8],
-        "protocol": protocol(result),
+        "tag": digest(protocol_of(result))[:8],
+        "protocol": protocol_of(result),
         "versions": result["versions"],
         "environment": next(iter(stages.values()))["environment"],
         "warnings": list(dict.fromkeys(result["warnings"])),
@@ -49,25 +49,18 @@ def facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def protocol(result: Table) -> dict[str, Any]:
-    """All that figures depend on which are to be compared: data, split, training, selection, seeds, objective."""
-    recipe, found = result["recipe"], result["protocol"]
+def protocol_of(result: Table) -> dict[str, Any]:
+    """All that figures depend on which are to be compared."""
+    recipe = result["recipe"]
     strategy = recipe["strategy"]
     models = [recipe["teacher"], *sorted(strategy["candidates"], key=_size, reverse=True), recipe["student"]]
     return {
-        "data": {key: value for key, value in recipe["data"].items() if key not in PLACES},
-        "images": {name: found[f"{name}_images"] for name in ("train", "monitor", "test")},
-        "selection": found["selection"],
-        "seeds": found["seeds"],
-        "train": recipe["train"],
-        "objective": recipe["objective"],
+        **protocol(result),
         "controller": recipe["controller"],
         "models": [_name(model) for model in models],
         "teacher": {key: value for key, value in recipe["teacher"].items() if value is not None},
         "baseline": strategy["baseline"],
         "mode": strategy["mode"],
-        "threads": recipe["threads"],
-        "precision": recipe["precision"],
     }
 
 

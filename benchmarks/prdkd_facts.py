@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tables import MEASURES, PLACES, read
+from tables import MEASURES, protocol, read
 
 from kdcore.codec import digest
 from kdcore.progress import look
@@ -23,7 +23,7 @@ def facts(folder: Path) -> dict[str, Any]:
     """The figures of a finished run of the strategy ``variants``."""
     result = read(folder)
     stages = {stage["key"]: stage for stage in result["stages"]}
-    about = protocol(result)
+    about = protocol_of(result)
     return {
         "run": folder.name,
         "finished": result["run"]["finished"],
@@ -42,22 +42,15 @@ def facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def protocol(result: Table) -> dict[str, Any]:
+def protocol_of(result: Table) -> dict[str, Any]:
     """All that figures depend on which are to be compared."""
-    recipe, found = result["recipe"], result["protocol"]
+    recipe = result["recipe"]
     return {
-        "data": {key: value for key, value in recipe["data"].items() if key not in PLACES},
-        "images": {name: found[f"{name}_images"] for name in ("train", "monitor", "test")},
-        "selection": found["selection"],
-        "seeds": found["seeds"],
-        "train": recipe["train"],
+        **protocol(result),
         "strategy": recipe["strategy"],
         "models": [recipe[role]["model"] for role in ("teacher", "student")],
         "model_options": [_options(recipe[role]) for role in ("teacher", "student")],
-        "objective": recipe["objective"],
-        "precision": recipe["precision"],
         "channels_last": recipe["channels_last"],
-        "threads": recipe["threads"],
     }
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,13 +21,14 @@ from typing import Any
 from dskd_facts import facts
 from dskd_runs import PARTS, STRONG, Bench, Unit, execute, forecast, units
 from dskd_table import page
-from tables import pretty, unlike, unlike_store, written
+from tables import command, differences, pretty, read_book, written
 
 from kdcore.errors import KdError
 from kdcore.files import replace_file
 from kdcore.store import Store
 
 HERE = Path(__file__).resolve().parent
+PLACES = {"--root": "FOLDER", "--runs": "RUNS", "--out": "OUT", "--recipe": "RECIPE"}
 EXAMPLES = HERE.parent / "examples"
 
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         print(plan(bench, wanted))
         return 0
     deadline = None if options.budget_minutes is None else time.monotonic() + 60 * options.budget_minutes
-    return train(bench, wanted, options.out, _command(arguments), deadline)
+    return train(bench, wanted, options.out, command("table_dskd.py", arguments, PLACES), deadline)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,20 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(arguments: Sequence[str]) -> str:
-    """The command line, without this machine's folders."""
-    places = {"--root": "FOLDER", "--runs": "RUNS", "--out": "OUT", "--recipe": "RECIPE"}
-    shown = [places.get(before, text) for before, text in zip(["", *arguments], arguments, strict=False)]
-    return shlex.join(["python", "benchmarks/table_dskd.py", *shown])
-
-
 # ---------------------------------------------------------------- training
 
 
 def train(bench: Bench, wanted: Sequence[Unit], out: Path, command: str, deadline: float | None) -> int:
     """Runs the units one after the other, and writes the table after each; 3 if the time was up before the end."""
     print(plan(bench, wanted))
-    book = _book(bench)
+    book = read_book(_book_path(bench))
     book["commands"] = list(dict.fromkeys([*book["commands"], command]))
     for unit in wanted:
         folder = None
@@ -115,13 +108,6 @@ def plan(bench: Bench, wanted: Sequence[Unit]) -> str:
 
 def _book_path(bench: Bench) -> Path:
     return bench.runs / f"table-{bench.data}.json"
-
-
-def _book(bench: Bench) -> dict[str, Any]:
-    """Which runs the table is made of, and the commands that made them."""
-    path = _book_path(bench)
-    book: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {"commands": [], "runs": {}}
-    return book
 
 
 def write(bench: Bench, book: Mapping[str, Any], out: Path) -> None:
@@ -160,12 +146,10 @@ def check(bench: Bench, out: Path) -> int:
     """Prints every difference between the table, its runs and their store; 1 if there is one."""
     content = json.loads(written(_json(bench, out)))
     runs = {run["name"]: {"part": part, "run": run["run"]} for part, found in content["parts"].items() for run in found}
-    again = json.loads(pretty(contents(bench, {"commands": content["commands"], "runs": runs})))
-    found = [*unlike(content, again, "table")]
-    if written(_page(bench, out)).decode() != page(content):
-        found.append(f"{_page(bench, out).name} is not what {_json(bench, out).name} gives")
-    store = Store(bench.runs / "store")
-    found += [text for entry in runs.values() for text in unlike_store(bench.runs / entry["run"], store)]
+    again = contents(bench, {"commands": content["commands"], "runs": runs})
+    folders = [bench.runs / entry["run"] for entry in runs.values()]
+    files = _json(bench, out), _page(bench, out)
+    found = differences(files, again, page(content), folders, Store(bench.runs / "store"))
     print("\n".join(found) or "The table is what its runs and their store say.")
     return 1 if found else 0
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 from prdkd_facts import facts
 from prdkd_published import FIELD_BETA
 from prdkd_table import page
-from tables import ending, pretty, unlike, unlike_store, written
+from tables import command, differences, ending, pretty, read_book, written
 
 import kdcore
 from kdcore.errors import KdError
@@ -32,6 +31,7 @@ from kdcore.overrides import override, read
 from kdcore.store import Store
 
 HERE = Path(__file__).resolve().parent
+PLACES = {"--root": "FOLDER", "--runs": "RUNS", "--out": "OUT", "--recipes": "RECIPES"}
 RECIPES = HERE.parent / "examples" / "cifar100"
 FIELD = ("data.batch_size=64", "train.epochs=240", "train.schedule={name = 'step', milestones = [150, 180, 210]}")
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.check:
         return check(options)
     deadline = None if options.budget_minutes is None else time.monotonic() + 60 * options.budget_minutes
-    return train(options, _command(arguments), deadline)
+    return train(options, command("table_prdkd.py", arguments, PLACES), deadline)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,13 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="compare the table with --runs; exit 1 if unlike")
     add("--recipes", type=Path, default=RECIPES, help=argparse.SUPPRESS)
     return parser
-
-
-def _command(arguments: Sequence[str]) -> str:
-    """The command line, without this machine's folders."""
-    places = {"--root": "FOLDER", "--runs": "RUNS", "--out": "OUT", "--recipes": "RECIPES"}
-    shown = [places.get(before, text) for before, text in zip(["", *arguments], arguments, strict=False)]
-    return shlex.join(["python", "benchmarks/table_prdkd.py", *shown])
 
 
 # ---------------------------------------------------------------- recipes
@@ -148,7 +141,7 @@ def _scaled(schedule: Any, share: float) -> Any:
 
 def train(options: argparse.Namespace, command: str, deadline: float | None) -> int:
     """Runs the pairs one after the other, and writes the table after each; 3 if the time was up before the end."""
-    book = _book(options)
+    book = read_book(_book_path(options))
     book["commands"] = list(dict.fromkeys([*book["commands"], command]))
     for pair in options.pairs:
         recipe = recipe_of(pair, options)
@@ -169,13 +162,6 @@ def train(options: argparse.Namespace, command: str, deadline: float | None) -> 
 def _book_path(options: argparse.Namespace) -> Path:
     path: Path = options.runs / f"table-{options.name}.json"
     return path
-
-
-def _book(options: argparse.Namespace) -> dict[str, Any]:
-    """Which runs the table is made of, and the commands that made them."""
-    path = _book_path(options)
-    book: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {"commands": [], "runs": {}}
-    return book
 
 
 def contents(options: argparse.Namespace, book: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,12 +185,10 @@ def check(options: argparse.Namespace) -> int:
     """Prints every difference between the table, its runs and their store; 1 if there is one."""
     content = json.loads(written(_file(options, "json")))
     runs = {run["run"]: run["name"] for run in content["runs"]}
-    again = json.loads(pretty(contents(options, {"commands": content["commands"], "runs": runs})))
-    found = [*unlike(content, again, "table")]
-    if written(_file(options, "md")).decode() != page(content):
-        found.append(f"{_file(options, 'md').name} is not what {_file(options, 'json').name} gives")
-    store = Store(options.runs / "store")
-    found += [text for folder in runs for text in unlike_store(options.runs / folder, store)]
+    again = contents(options, {"commands": content["commands"], "runs": runs})
+    folders = [options.runs / folder for folder in runs]
+    files = _file(options, "json"), _file(options, "md")
+    found = differences(files, again, page(content), folders, Store(options.runs / "store"))
     print("\n".join(found) or "The table is what its runs and their store say.")
     return 1 if found else 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import statistics
 import threading
@@ -145,3 +146,47 @@ def unlike(here: Any, there: Any, where: str) -> Iterator[str]:
             yield from unlike(one, other, f"{where}.{number}")
     elif here != there:
         yield f"{where}: {here!r} in the table, {there!r} in the runs"
+
+
+def protocol(result: Table) -> dict[str, Any]:
+    """What every table's figures depend on: data, split, training, selection, seeds, objective, numerics."""
+    recipe, found = result["recipe"], result["protocol"]
+    return {
+        "data": {key: value for key, value in recipe["data"].items() if key not in PLACES},
+        "images": {name: found[f"{name}_images"] for name in ("train", "monitor", "test")},
+        "selection": found["selection"],
+        "seeds": found["seeds"],
+        "train": recipe["train"],
+        "objective": recipe["objective"],
+        "threads": recipe["threads"],
+        "precision": recipe["precision"],
+    }
+
+
+def command(script: str, arguments: Sequence[str], places: Mapping[str, str]) -> str:
+    """The command line without this machine's folders: of the options in ``places`` a word stands for the value."""
+    shown = [places.get(before, text) for before, text in zip(["", *arguments], arguments, strict=False)]
+    return shlex.join(["python", f"benchmarks/{script}", *shown])
+
+
+def read_book(path: Path) -> dict[str, Any]:
+    """Which runs a table is made of, and the commands that made them."""
+    book: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {"commands": [], "runs": {}}
+    return book
+
+
+def differences(files: tuple[Path, Path], again: Table, text: str, folders: Iterable[Path], store: Store) -> list[str]:
+    """Every difference between a table, its runs and their store.
+
+    Args:
+        files: the table's JSON and page.
+        again: what the runs give.
+        text: the page that the JSON gives.
+        folders: of the runs.
+        store: theirs.
+    """
+    content, page = files
+    found = [*unlike(json.loads(written(content)), json.loads(pretty(again)), "table")]
+    if written(page).decode() != text:
+        found.append(f"{page.name} is not what {content.name} gives")
+    return found + [text for folder in folders for text in unlike_store(folder, store)]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import table_prdkd  # noqa: E402
-from prdkd_facts import _grid, protocol  # noqa: E402
+from prdkd_facts import _grid, protocol_of  # noqa: E402
 from prdkd_published import ABLATION, METHODS, PAPER, published  # noqa: E402
 from prdkd_table import _chosen, by_seed, page  # noqa: E402
 
@@ -103,7 +103,7 @@ def test_other_sizes_of_models_are_another_protocol(made):
     (path,) = folder.glob("runs/run-*/result.json")
     result = json.loads(path.read_text())
     larger = {**result["recipe"]["teacher"], "size": 3}
-    assert protocol({**result, "recipe": {**result["recipe"], "teacher": larger}}) != protocol(result)
+    assert protocol_of({**result, "recipe": {**result["recipe"], "teacher": larger}}) != protocol_of(result)
 
 
 def test_the_same_command_goes_on_and_writes_the_same_figures(made):
