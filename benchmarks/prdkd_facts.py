@@ -68,7 +68,11 @@ def _grid(result: Table) -> Iterator[dict[str, Any]]:
         for number, values in enumerate(itertools.product(*grid.values()), 1) if grid else ():
             found = tried[f"{variant['name']}-{number}"]
             point = dict(zip(grid, values, strict=True))
-            yield {"variant": variant["name"], "point": point, "monitor": found["monitor_accuracy_last"]}
+            yield {
+                "variant": variant["name"],
+                "point": point,
+                "monitor": found["monitor_accuracy_last"],
+            }  # None: diverged
 
 
 def _student(name: str, row: Table) -> dict[str, Any]:

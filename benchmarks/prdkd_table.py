@@ -86,7 +86,7 @@ def _differences(run: Table) -> Iterator[list[str]]:
 
 def best_point(run: Table, name: str) -> Table | None:
     """The first of the points that are best on the monitor split; None without a grid."""
-    tried = [row for row in run["grid"] if row["variant"] == name]
+    tried = [row for row in run["grid"] if row["variant"] == name and row["monitor"] is not None]
     return max(tried, key=lambda row: row["monitor"], default=None)
 
 
@@ -107,8 +107,12 @@ def _at_edge(value: Any, values: set[Any]) -> bool:
 def _tried(run: Table, name: str) -> str:
     best = best_point(run, name)
     rows = [row for row in run["grid"] if row["variant"] == name]
-    cells = [f"{_words(row['point'])}: {100 * row['monitor']:.2f}" for row in rows]
+    cells = [f"{_words(row['point'])}: {_percent(row['monitor'])}" for row in rows]
     return "; ".join(f"**{cell}**" if row is best else cell for cell, row in zip(cells, rows, strict=True))
+
+
+def _percent(share: float | None) -> str:
+    return "diverged" if share is None else f"{100 * share:.2f}"
 
 
 def _words(point: Table) -> str:

@@ -154,6 +154,8 @@ class Stage:
         seed: None for the run's.
         keep: whether a member's result is its last weights or those best on the monitor split.
         ledger: every n steps, norms and cosines of the terms' gradients at the logits are recorded; 0 for never.
+        diverged: what becomes of a member whose loss or weights are not finite: the stage stops with an error, or the
+            member, if nobody learns from it, is dropped with a warning, and has neither accuracy nor weights.
     """
 
     name: str
@@ -167,6 +169,7 @@ class Stage:
     seed: int | None = None
     keep: Literal["last", "best"] = "last"
     ledger: int = 0
+    diverged: Literal["stop", "drop"] = "stop"
 
     def __getitem__(self, member: str) -> ResultRef:
         """The member's result; of one that is only used here, the result that it came from."""
@@ -199,6 +202,10 @@ def check_stage(stage: Stage) -> None:
         raise PlanError("a stage has members, and a length and a ledger from 0", where=where)
     if stage.tick != "epoch" and (stage.tick < 1 or stage.length % stage.tick):
         raise PlanError(f"length {stage.length} is not a multiple of tick {stage.tick}", where=where)
+    if stage.diverged == "drop" and stage.controllers:
+        raise PlanError(
+            "a controller may rely on a member that diverges", where=f"{where}, diverged", fix='Say "stop".'
+        )
     for name, member in stage.members.items():
         labels = [term.label for term in member.terms]
         if len(set(labels)) < len(labels):
@@ -254,6 +261,7 @@ class MemberResult:
         flops: of one image forward.
         correct: a byte for each monitor image, 1 where the delivered weights are right, else 0; empty where that is not
             known. See :func:`kdcore.paired_difference`.
+        diverged: it was dropped, since its loss or weights were not finite; it has no accuracy (NaN) and no weights.
     """
 
     ref: ResultRef
@@ -263,6 +271,7 @@ class MemberResult:
     params: int
     flops: int
     correct: bytes = b""
+    diverged: bool = False
 
 
 @dataclass(frozen=True)

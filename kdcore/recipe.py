@@ -169,7 +169,8 @@ def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
         RecipeError: an unknown name or a bad option, with its path.
         PluginError: a name that only a broken plugin offers.
     """
-    objective = _objective(recipe.objective, catalog)
+    data = _source(recipe, catalog)
+    objective = _objective(recipe.objective, catalog, data)
     optimizer = _optimizer(recipe.train, catalog, "train")
     teacher_train = _teacher_train(recipe.train)
     if recipe.student.label_map is not None:
@@ -182,7 +183,7 @@ def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
         objective=objective,
         labels=_labels(objective),
         optimizer=optimizer,
-        data=_source(recipe, catalog),
+        data=data,
         epochs=recipe.train.epochs,
         keep=recipe.train.keep,
         ledger=recipe.train.ledger,
@@ -191,7 +192,7 @@ def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
         controllers=tuple(_spec("controller", t, catalog, f"controller[{i}]") for i, t in enumerate(recipe.controller)),
         prepare=_prepare(catalog),
         model=lambda table: _strategy_model(table, recipe.strategy, catalog),
-        terms=lambda tables: _strategy_terms(tables, recipe.strategy, catalog),
+        terms=lambda tables: _strategy_terms(tables, recipe.strategy, catalog, data),
     )
     _spec("executor", recipe.execute, catalog, "execute")
     _spec("failure_policy", recipe.execute.failure, catalog, "execute.failure")
@@ -247,11 +248,13 @@ def _strategy_model(table: Mapping[str, Json], strategy: Named, catalog: Catalog
     return _model(validate(ModelTable, table, where), catalog, where)
 
 
-def _strategy_terms(tables: Sequence[Mapping[str, Json]], strategy: Named, catalog: Catalog) -> tuple[Term, ...]:
+def _strategy_terms(
+    tables: Sequence[Mapping[str, Json]], strategy: Named, catalog: Catalog, data: SourceSpec
+) -> tuple[Term, ...]:
     """The objective that a strategy made of tables; errors name keys as :func:`_strategy_model` does."""
     paths = [_find(table, strategy.extras, "strategy") or "strategy" for table in tables]
     checked = [validate(ObjectiveTable, table, where) for table, where in zip(tables, paths, strict=True)]
-    return _objective(checked, catalog, paths)
+    return _objective(checked, catalog, data, paths)
 
 
 def _find(wanted: Any, data: Any, where: str) -> str:
@@ -262,9 +265,11 @@ def _find(wanted: Any, data: Any, where: str) -> str:
     return next(filter(None, paths), "")
 
 
-def _objective(tables: Sequence[ObjectiveTable], catalog: Catalog, paths: Sequence[str] = ()) -> tuple[Term, ...]:
+def _objective(
+    tables: Sequence[ObjectiveTable], catalog: Catalog, data: SourceSpec, paths: Sequence[str] = ()
+) -> tuple[Term, ...]:
     paths = paths or [f"objective[{i}]" for i in range(len(tables))]
-    terms = tuple(_term(table, catalog, where) for table, where in zip(tables, paths, strict=True))
+    terms = tuple(_term(table, catalog, data, where) for table, where in zip(tables, paths, strict=True))
     labels = [term.label for term in terms]
     for i, label in enumerate(labels):  # knobs and curves go by label; "loss" is the sum's
         if label in labels[:i] or label == "loss":
@@ -274,10 +279,16 @@ def _objective(tables: Sequence[ObjectiveTable], catalog: Catalog, paths: Sequen
     return terms
 
 
-def _term(table: ObjectiveTable, catalog: Catalog, where: str) -> Term:
+def _term(table: ObjectiveTable, catalog: Catalog, data: SourceSpec, where: str) -> Term:
     entry = catalog.find("loss", table.loss, f"{where}.loss")
     options = _options(entry, table, where)
-    catalog.adapter_of(entry.options_class()(**options), f"{where}.adapter")
+    checked = entry.options_class()(**options)
+    catalog.adapter_of(checked, f"{where}.adapter")
+    for option, transform in getattr(checked, "needs_transforms", {}).items():
+        if transform not in [spec.name.rpartition("/")[2] for spec in data.transforms]:
+            fix = f'Add {{ name = "{transform}", ... }} to data.transforms, or leave {option} out.'
+            what = f"{shown(options[option])} needs the transform {transform!r}"
+            raise RecipeError(what, where=f"{where}.{option}", fix=fix)
     source = None if getattr(entry.options_class(), "on_labels", False) else "teacher"
     shape = _spec("schedule", table.schedule, catalog, f"{where}.schedule")
     if shape == Spec("core/constant"):

@@ -49,6 +49,7 @@ def view_result(stage: Stage, data: Mapping[str, Any]) -> Result:
             params=member["params"],
             flops=member["flops"] or 0,
             correct=_unpacked(member),
+            diverged=member.get("diverged") is True,
         )
         for name, member in data["members"].items()
     }

@@ -11,12 +11,14 @@ from small import RECIPE
 from test_readme import blocks
 
 import kdcore
+from kdcore.plan import SourceSpec, Spec
 from kdcore.plugins import load_plugins
 from kdcore.recipe import ObjectiveTable, _objective
 
 PAGE = (Path(__file__).parents[1] / "docs" / "features.md").read_text()
 (OWN,) = blocks("python", PAGE)
 ROWS = dict(re.findall(r"^\| `(\w+)` \|.*\| (.+?) \|$", PAGE.partition("## Adapters")[0], re.M))
+DATA = SourceSpec(Spec("core/digits"), transforms=(Spec("core/views"),))
 
 
 def test_every_loss_of_the_plugin_has_a_row():
@@ -28,7 +30,7 @@ def test_every_loss_of_the_plugin_has_a_row():
 def test_the_printed_line_of_a_loss_is_a_term(name):
     line = ", ".join(re.findall(r"`(.+?)`", ROWS[name]))
     table = tomllib.loads(f"term = {{ {line} }}")["term"]
-    (term,) = _objective([ObjectiveTable(**table)], load_plugins().catalog)
+    (term,) = _objective([ObjectiveTable(**table)], load_plugins().catalog, DATA)
     assert term.loss == f"features/{name}"
 
 

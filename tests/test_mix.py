@@ -358,6 +358,12 @@ def test_mlkd_learns_from_two_views(tmp_path):
     assert "share.mlkd" not in row, "gradient shares are measured on plain samples, 143 here"
 
 
+def test_mlkd_of_two_views_is_refused_where_the_data_have_one(tmp_path):
+    recipe = {**RECIPE, "objective": [{"loss": "cross_entropy"}, {"loss": "mlkd", "views": 2}]}
+    with pytest.raises(RecipeError, match=r"objective\[1\].views: 2 needs the transform 'views'. Add"):
+        make_run(tmp_path, recipe=recipe)
+
+
 def test_two_views_are_estimated_to_cost_what_they_do(tmp_path):
     recipe = {**FIRST, "data": {**MIXED, "transforms": [TWO_VIEWS]}, "strategy": "distill"}
     run = make_run(tmp_path, recipe=recipe)

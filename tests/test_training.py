@@ -172,11 +172,14 @@ def test_a_loss_that_is_not_finite_names_stage_step_member_and_term(tmp_path):
 
 
 def test_a_meter_names_the_first_bad_step():
+    def stop(member, error):
+        raise error
+
     meters = Meters()
     for step, value in enumerate([1.0, float("nan"), float("inf")]):
         meters.record("student.kd", step, torch.tensor(value))
     with pytest.raises(NumericError, match="step 1, member 'student', term 'kd'"):
-        meters.flush("s")
+        meters.flush("s", stop)
 
 
 def test_weights_that_are_not_finite_never_reach_a_file(tmp_path):

@@ -12,7 +12,7 @@ from kdcore_variants.strategy import Variants
 from small import make_run
 
 import kdcore
-from kdcore import Choice, MemberResult, RecipeError, Result, Spec
+from kdcore import Choice, MemberResult, NumericError, RecipeError, Result, Spec
 from kdcore.options import validate
 from kdcore.plugins import load_plugins
 from kdcore.recipe import compile_recipe, load
@@ -25,8 +25,8 @@ def variant(name: str, loss: str = "kd", grid: dict[str, Any] | None = None, **o
     return {"name": name, "objective": [LABELS, {"loss": loss, **options}], "grid": grid or {}}
 
 
-def drive(script: dict[str, float], variants: list[dict[str, Any]], run: Any = None, **options: Any) -> Any:
-    """Takes the strategy to its end; a student is worth what ``script`` says of its name, else a half."""
+def drive(script: dict[str, float | None], variants: list[dict[str, Any]], run: Any = None, **options: Any) -> Any:
+    """To the strategy's end; a student is worth what ``script`` says of its name, else a half; None: diverged."""
     plan = Variants().plan(run or run_view(), validate(VariantsOptions, {"variant": variants, **options}, "strategy"))
     asked, choices, answer = [], [], None
     while True:
@@ -42,12 +42,13 @@ def drive(script: dict[str, float], variants: list[dict[str, Any]], run: Any = N
             answer = [answered(stage, script) for stage in wanted]
 
 
-def answered(stage: Any, script: dict[str, float]) -> Result:
+def answered(stage: Any, script: dict[str, float | None]) -> Result:
     members = {}
     for name, member in stage.members.items():
         if member.terms:
             worth = script.get(f"{name}@{stage.seed}", script.get(name, 0.5))
-            members[name] = MemberResult(stage[name], worth, worth, (), 1, 1)
+            lost, worth = worth is None, float("nan") if worth is None else worth
+            members[name] = MemberResult(stage[name], worth, worth, (), 1, 1, diverged=lost)
     return Result(stage, stage.identity, members, (), 1.0, 1)
 
 
@@ -78,8 +79,8 @@ def test_the_grid_is_every_combination_and_its_best_point_is_trained_in_full():
     assert points == [(w, {"temperature": t}) for w in (1.0, 4.0) for t in (2.0, 8.0)]
     assert final.members["kd"].terms == tried.members["kd-3"].terms
     assert [choice.text for choice in choices] == [
-        "kd: kd.weight = 4.0, kd.temperature = 2.0 of 4 points, 70.00% on the monitor split, before kd.weight = 4.0, "
-        "kd.temperature = 8.0"
+        "kd: kd.weight = 4.0, kd.temperature = 2.0 of 4 points, 70.00% on the monitor split, kd.weight and "
+        "kd.temperature at the edge of its grid, before kd.weight = 4.0, kd.temperature = 8.0"
     ]
     assert choices[0].margin == pytest.approx(0.1)
 
@@ -91,6 +92,34 @@ def test_the_chosen_point_is_the_first_of_the_best_on_the_monitor_split(worths):
     asked, _, _ = drive(script, [variant("kd", grid={"kd.weight": weights})])
     known = [-1.0 if worth != worth else worth for worth in worths]
     assert asked[1][1].members["kd"].terms[1].weight == 1.0 + known.index(max(known))
+
+
+@pytest.mark.parametrize(
+    ("grid", "at_edge"),
+    [
+        ({"kd.weight": [1.0, 2.0, 4.0]}, False),
+        ({"kd.weight": [4.0, 2.0, 1.0]}, False),
+        ({"kd.weight": [1.0, 4.0, 2.0]}, True),
+        ({"kd.weight": [2.0]}, False),
+        ({"kd.normalize": ["none", "instance"]}, False),
+    ],
+)
+def test_a_choice_at_the_edge_of_its_grid_says_so(grid, at_edge):
+    _, choices, _ = drive({"kd-2": 0.7}, [variant("kd", grid=grid)])
+    assert ("kd.weight at the edge of its grid" in choices[0].text) == at_edge
+
+
+def test_a_point_that_diverged_is_not_chosen_and_is_told_of():
+    _, choices, outcome = drive(
+        {"kd-1": None, "kd-2": 0.1}, [variant("kd", grid={"kd.weight": [1.0, 2.0]})], diverged="drop"
+    )
+    assert choices[0].text.startswith("kd: kd.weight = 2.0 of 2 points (1 diverged)")
+    assert "kd.weight = 2.0" in outcome.note
+
+
+def test_a_grid_that_diverged_whole_ends_the_run():
+    with pytest.raises(NumericError, match="variant 'kd': every point of its grid diverged"):
+        drive({"kd-1": None}, [variant("kd", grid={"kd.weight": [1.0]})], diverged="drop")
 
 
 @given(st.integers(1, 7), st.integers(1, 9))
@@ -202,3 +231,89 @@ def test_an_error_in_an_objective_names_its_place(tmp_path, objective, text):
     with pytest.raises(RecipeError) as caught:
         kdcore.run({**RECIPE, "strategy": strategy}, root=tmp_path, quiet=True)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "text"),
+    [
+        ("kd.wieght", [1.0], """strategy.variant[1].grid."kd.wieght": unknown key. Did you mean 'weight'?"""),
+        ("kd.temperature", [2.0, "hot"], 'strategy.variant[1].grid."kd.temperature": '),
+        ("kdd.weight", [1.0], 'strategy.variant[1].grid."kdd.weight": no such term. Write TERM.OPTION'),
+    ],
+)
+def test_an_error_in_a_grid_names_its_key(tmp_path, key, values, text):
+    strategy = {"name": "variants", "variant": [variant("dkd", "dkd"), variant("kd", grid={key: values})]}
+    with pytest.raises(RecipeError) as caught:
+        kdcore.run({**RECIPE, "strategy": strategy}, root=tmp_path, quiet=True)
+    assert str(caught.value).startswith(text)
+
+
+DIVERGING = {
+    **RECIPE,
+    "execute": {"log_every": 3, "checkpoint_seconds": 0.0001},
+    "strategy": {
+        "name": "variants",
+        "diverged": "drop",
+        "variant": [variant("kd", grid={"kd.weight": [1.0, 1e38, 2.0]})],
+    },
+}
+
+
+def test_a_point_that_diverges_is_dropped_and_the_others_learn_what_they_learn_without_it(tmp_path):
+    run = make_run(tmp_path, recipe=DIVERGING)
+    result = run.execute()
+    grid = next(stage for stage in result["stages"] if stage["name"].endswith("(grid)"))
+    first, lost, last = (grid["members"][f"kd-{i}"] for i in (1, 2, 3))
+    assert lost["monitor_accuracy"] is lost["test_accuracy"] is None
+    assert lost["diverged"]
+    assert any("member 'kd-2' diverged by step 3" in text for text in result["warnings"])
+    assert {path.name for path in tmp_path.glob("store/results/*/kd-*")} == {"kd-1.safetensors", "kd-3.safetensors"}
+    sound = {**DIVERGING["strategy"], "variant": [variant("kd", grid={"kd.weight": [1.0, 2.0]})]}
+    other = make_run(tmp_path, recipe={**DIVERGING, "strategy": sound}, name="sound").execute()
+    alone = next(stage for stage in other["stages"] if stage["name"].endswith("(grid)"))["members"]
+    assert (first["curve"], last["curve"]) == (alone["kd-1"]["curve"], alone["kd-2"]["curve"])
+
+
+def test_a_run_that_dies_after_a_point_diverged_goes_on_without_it(tmp_path):
+    whole = make_run(tmp_path / "whole", recipe=DIVERGING).execute()
+    run = make_run(tmp_path, recipe=DIVERGING)
+    handle = run.console.handle
+
+    def die(event):
+        handle(event)
+        if event["kind"] == "checkpoint" and event["step"] == 6 and "(grid)" in event["name"]:
+            raise KeyboardInterrupt
+
+    run.console.handle = die
+    with pytest.raises(KeyboardInterrupt):
+        run.execute()
+    again = make_run(tmp_path, recipe=DIVERGING)
+    result = again.execute()
+    assert again.console.kinds("stage_started")[0]["step"] == 6
+    assert [choice["text"] for choice in result["choices"]] == [choice["text"] for choice in whole["choices"]]
+    assert result["warnings"] == whole["warnings"]
+
+
+PEERS = """
+from kdcore import Member, OptimizerSpec, Outcome, Stage, Term, hookimpl
+
+@hookimpl
+def kdcore_register(registry):
+    registry.strategy("peers", Peers)
+
+class Peers:
+    def plan(self, run, options):
+        wild = Member(run.student, terms=run.labels, optimizer=OptimizerSpec(lr=1e30))
+        calm = Member(run.student, terms=(*run.labels, Term("core/kd", "wild")), optimizer=run.optimizer)
+        stage = Stage("peers", {"wild": wild, "calm": calm}, run.data, 1, diverged="drop")
+        yield stage
+        return Outcome(stage["calm"])
+"""
+
+
+def test_a_member_that_others_learn_from_is_not_dropped(tmp_path):
+    (tmp_path / "peers.py").write_text(PEERS)
+    host = load_plugins(files=[tmp_path / "peers.py"])
+    run = make_run(tmp_path, recipe={**RECIPE, "strategy": {"name": "peers"}}, sets=["student.size=2"], host=host)
+    with pytest.raises(NumericError, match="member 'wild'"):
+        run.execute()

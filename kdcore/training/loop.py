@@ -16,6 +16,7 @@ from ..registry import Catalog
 from ..store import Store
 from ..stored import check_stored
 from . import device, evaluate, memory, state
+from .finite import check_finite, diverge
 from .member import Learner, classifies, host_state
 from .preflight import preflight
 from .result import finish
@@ -116,7 +117,7 @@ def _begin(session: Session, inputs: Mapping[str, Any], again: memory.Again | No
     if again is not None:
         memory.begin(session, again)
     if folder is None:
-        state.check_finite(session, session.learners.values())  # given weights may be anybody's
+        check_finite(session, session.learners.values())  # given weights may be anybody's
         session.warnings += preflight(session, inputs)
     for text in session.warnings:
         session.emit({"kind": "warning", "text": text, "preflight": True})
@@ -173,7 +174,7 @@ def _step(session: Session) -> None:
 
 
 def _log(session: Session, clock: Clock) -> None:
-    means = session.meters.flush(session.stage.name)
+    means = session.meters.flush(session.stage.name, partial(diverge, session))
     session.stopwatch.settle()
     speed = clock.speed()
     session.emit({"kind": "log", "step": session.step, "metrics": {**means, "images_per_second": speed}})
@@ -184,7 +185,7 @@ def _tick(session: Session, clock: Clock) -> None:
     rates = {learner.name: _rate(session, learner) for learner in session.trained}
     _log(session, clock)
     means = session.meters.take()
-    state.check_finite(session, session.taught)
+    check_finite(session, session.taught)
     session.tick += 1
     for learner in session.trained:
         learner.still = None

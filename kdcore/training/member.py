@@ -59,6 +59,7 @@ class Learner:
     tapped: Tapped | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
     dropped: bool = False
+    diverged: bool = False  # its weights are not finite, or came of a loss that was not
     best: tuple[int, float] = (0, -1.0)  # tick, monitor accuracy
     best_state: dict[str, Tensor] | None = None
     still: dict[str, float] | None = None  # accuracy while it is frozen

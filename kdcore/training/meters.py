@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -29,11 +30,11 @@ class Meters:
         """
         self.pending.append((name, step, value.detach(), share))
 
-    def flush(self, stage: str) -> dict[str, float]:
+    def flush(self, stage: str, diverge: Callable[[str, NumericError], None]) -> dict[str, float]:
         """Moves what is pending to the host, one copy; returns the means since the last flush.
 
-        Raises:
-            NumericError: names stage, step, member and term of the first value that is not finite.
+        A value that is not finite is left out, and told to ``diverge(member, error)``, which may raise the error: it
+        names stage, step, member and term.
         """
         if not self.pending:
             return {}
@@ -41,7 +42,8 @@ class Meters:
         interval = Meters()
         for (name, step, _, share), value in zip(self.pending, host, strict=True):
             if not math.isfinite(value):
-                raise _not_finite(stage, name, step, value)
+                diverge(name.partition(".")[0], _not_finite(stage, name, step, value))
+                continue
             for meters in (self, interval):
                 meters.sums[name] = meters.sums.get(name, 0.0) + share * value
                 meters.counts[name] = meters.counts.get(name, 0) + share

@@ -55,7 +55,8 @@ def finish(session: Session) -> dict[str, Any]:
         "warnings": session.warnings,
         "environment": _environment(session),
     }
-    kept = [learner for learner in session.learners.values() if learner.terms or learner.spec.init is None]
+    sound = [learner for learner in session.learners.values() if not learner.diverged]
+    kept = [learner for learner in sound if learner.terms or learner.spec.init is None]
     files = {f"{learner.name}.safetensors": _file(session, learner) for learner in kept}
     session.store.save_result(session.job.key, {"result.json": canonical(result).encode(), **files})
     return result
@@ -91,6 +92,8 @@ def _member(session: Session, learner: Learner) -> dict[str, Any]:
         "monitor_correct": "",
         "monitor_images": 0,
     }
+    if learner.diverged:
+        return row | {"diverged": True}
     if not classifies(module):
         return row
     with evaluate.evaluating(module):

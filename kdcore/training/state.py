@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..errors import NumericError, PluginError, StorageError
+from ..errors import PluginError, StorageError
 from ..plan import Json
 from ..reading import read_table
+from .finite import check_finite
 from .member import Learner, host_copy
 from .session import Session
 
@@ -68,31 +69,6 @@ def _fitting(folder: Path) -> Iterator[None]:
         raise StorageError(f"no checkpoint of this stage: {error}", where=str(folder), fix=fix) from error
 
 
-def check_finite(session: Session, learners: Iterable[Learner]) -> None:
-    """Refuses weights that are not finite: they never reach a file.
-
-    Raises:
-        NumericError: names stage, step, member and tensor.
-    """
-    for learner in learners:
-        named = [(name, tensor) for name, tensor in _weights(learner) if tensor.is_floating_point()]
-        if not named:
-            continue
-        bad = torch.stack([~torch.isfinite(t).all() for _, t in named]).tolist()  # one sync a member
-        if any(bad):
-            name = next(n for (n, _), is_bad in zip(named, bad, strict=True) if is_bad)
-            where = f"stage {session.stage.name!r}, step {session.step}, member {learner.name!r}, {name!r}"
-            fix = "Lower train.lr or set train.clip." if learner.terms else "Give it other weights, or train it again."
-            raise NumericError("not finite", where=where, fix=fix)
-
-
-def _weights(learner: Learner) -> Iterator[tuple[str, Tensor]]:
-    """Of the model, and what its terms train beside it."""
-    yield from learner.module.state_dict().items()
-    for term in learner.terms:
-        yield from ((f"{term.label}/{name}", tensor) for name, tensor in term.module.named_parameters())
-
-
 def _state(session: Session) -> dict[str, Json]:
     return {
         "step": session.step,
@@ -114,11 +90,12 @@ def _state(session: Session) -> dict[str, Json]:
 def _member_state(learner: Learner) -> dict[str, Json]:
     return {
         "dropped": learner.dropped,
+        "diverged": learner.diverged,
         "best": list(learner.best),
         "passes": learner.passes,
         "seconds": learner.seconds,
         "curve": learner.curve,
-        "optimizer": _numbers(learner.optimizer),
+        "optimizer": {} if learner.diverged else _numbers(learner.optimizer),
     }
 
 
@@ -144,6 +121,8 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, Json], dict[str, Tensor]]:
 
 def _parts(learner: Learner) -> dict[str, dict[str, Tensor]]:
     """The tensors of a learner that training can change, by part."""
+    if learner.diverged:
+        return {}
     if not learner.terms:  # frozen for good, but its buffers may be a memory bank
         return {"buffers": dict(learner.module.named_buffers())}
     parts = {"model": learner.module.state_dict(), "best": learner.best_state or {}}
@@ -193,7 +172,9 @@ def _numbers(optimizer: torch.optim.Optimizer | None) -> dict[str, Json]:
 def _restore(learner: Learner, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     learner.dropped, learner.passes, learner.curve = saved["dropped"], saved["passes"], saved["curve"]
     learner.best = (saved["best"][0], saved["best"][1])
-    learner.seconds = float(saved["seconds"])
+    learner.seconds, learner.diverged = float(saved["seconds"]), bool(saved.get("diverged"))
+    if learner.diverged:
+        return
     _restore_buffers(learner.module, _under(tensors, f"{learner.name}/buffers/"))
     if not learner.terms:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from kdcore import Field, Options
@@ -114,6 +115,10 @@ class MLKDOptions(Options):
     beside: tuple[Temperature, ...] = Field((3.0, 5.0, 2.0, 6.0), description="a list of further temperatures above 0")
     normalize: Literal["none", "instance"] = Field("none", description='"none" or "instance"')
     views: Literal[1, 2] = Field(1, description='1, or 2 where the transform "views" doubles the batch')
+
+    @property
+    def needs_transforms(self) -> Mapping[str, str]:
+        return {"views": "views"} if self.views == 2 else {}
 
 
 class AdapterOptions(TapOptions):

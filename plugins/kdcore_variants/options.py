@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from kdcore import Field, Options
 
@@ -39,3 +39,6 @@ class VariantsOptions(Options):
     )
     grid_epochs: int | None = Field(None, ge=1, description="epochs of a point of the grid; nothing for train.epochs")
     together: int = Field(64, ge=1, description="how many students may be trained in one stage, from 1")
+    diverged: Literal["stop", "drop"] = Field(
+        "stop", description='what a point of the grid does that is no longer finite: "stop" the run, or "drop" out'
+    )

@@ -35,12 +35,13 @@ class Variants:
 
     def plan(self, run: kdcore.RunView, options: VariantsOptions) -> kdcore.Plan:
         _check(run, options)
-        grid = {v.name: list(_grid(v, run)) for v in options.variant}
+        grid = {v.name: list(_grid(v, run, f"strategy.variant[{i}].grid")) for i, v in enumerate(options.variant)}
         teacher = run.label_only("teacher", run.teacher)
-        students = [_student(v.name, v, {}, run) for v in options.variant]
+        students = [Student(v.name, v, {}, run.terms(v.objective)) for v in options.variant]
         if tried := [student for points in grid.values() for student in points]:
             epochs = options.grid_epochs or run.epochs
             stages = _stages(run, teacher["teacher"], tried, epochs, options.together, "grid")
+            stages = [dataclasses.replace(stage, diverged=options.diverged) for stage in stages]
             _, *results = yield [teacher, *stages]
             found = _learned(tried, stages, results)
             for i, variant in enumerate(options.variant):
@@ -72,25 +73,33 @@ def _check(run: kdcore.RunView, options: VariantsOptions) -> None:
         run.terms(variant.objective)
 
 
-def _grid(variant: VariantOptions, run: kdcore.RunView) -> Iterator[Student]:
+def _grid(variant: VariantOptions, run: kdcore.RunView, where: str) -> Iterator[Student]:
     if variant.grid:
         points = itertools.product(*variant.grid.values())
         for number, values in enumerate(points, 1):
             point = dict(zip(variant.grid, values, strict=True))
-            yield _student(f"{variant.name}-{number}", variant, point, run)
+            yield Student(f"{variant.name}-{number}", variant, point, _terms(variant, point, run, where))
 
 
-def _student(name: str, variant: VariantOptions, point: Point, run: kdcore.RunView) -> Student:
-    """The variant with what the point sets in its tables."""
-    tables = [dict(table) for table in variant.objective]
-    labels = [term.label for term in run.terms(tables)]
+def _terms(variant: VariantOptions, point: Point, run: kdcore.RunView, where: str) -> tuple[kdcore.Term, ...]:
+    """The variant's objective with what the point sets in its tables; an error names the key of the grid."""
+    labels = [term.label for term in run.terms(variant.objective)]
+    tables = {label: dict(table) for label, table in zip(labels, variant.objective, strict=True)}
     for path, value in point.items():
         label, _, key = path.rpartition(".")
-        if label not in labels:
+        if label not in tables:
             fix = f"Write TERM.OPTION; its terms are {', '.join(labels)}."
-            raise kdcore.RecipeError(f"no term of {path!r}", where=f"strategy.variant {variant.name!r}.grid", fix=fix)
-        tables[labels.index(label)][key] = value
-    return Student(name, variant, point, run.terms(tables))
+            raise kdcore.RecipeError("no such term", where=f'{where}."{path}"', fix=fix)
+        tables[label][key] = value
+    for label, table in tables.items():
+        try:
+            run.terms([table])
+        except kdcore.RecipeError as error:
+            path = f"{label}.{error.where.rpartition('.')[2]}"
+            if path not in point:
+                raise
+            raise kdcore.RecipeError(error.what, where=f'{where}."{path}"', fix=error.fix) from None
+    return run.terms(list(tables.values()))
 
 
 def _stages(
@@ -120,14 +129,40 @@ def _learned(
 
 
 def _chosen(tried: Sequence[Student], found: Mapping[str, kdcore.MemberResult]) -> tuple[Student, kdcore.Choice]:
-    """The best point on the monitor split (of equal ones the first), and how far the next one is."""
-    ranked = sorted(tried, key=lambda student: -_worth(found[student.name].accuracy))
+    """The best point on the monitor split (of equal ones the first), and how far the next one is.
+
+    Raises:
+        NumericError: every point diverged.
+    """
+    sound = [student for student in tried if not found[student.name].diverged]
+    if not sound:
+        where, fix = f"variant {tried[0].variant.name!r}", "Lower train.lr, set train.clip, or try smaller weights."
+        raise kdcore.NumericError("every point of its grid diverged", where=where, fix=fix)
+    ranked = sorted(sound, key=lambda student: -_worth(found[student.name].accuracy))
     best, ours = ranked[0], found[ranked[0].name]
-    text = f"{best.variant.name}: {_words(best.point)} of {len(tried)} points, {ours.accuracy:.2%} on the monitor split"
+    lost = f" ({len(tried) - len(sound)} diverged)" if len(sound) < len(tried) else ""
+    points = f"{_words(best.point)} of {len(tried)} points{lost}"
+    text = f"{best.variant.name}: {points}, {ours.accuracy:.2%} on the monitor split"
+    if edges := _edges(best):
+        text += f", {' and '.join(edges)} at the edge of its grid"
     if len(ranked) == 1 or math.isnan(ours.accuracy):
         return best, kdcore.Choice(text, ours.ref)
     gap = kdcore.paired_difference([ours], [found[ranked[1].name]])
     return best, kdcore.Choice(f"{text}, before {_words(ranked[1].point)}", ours.ref, gap.mean, gap.error)
+
+
+def _edges(student: Student) -> list[str]:
+    """The keys of a point that are the smallest or largest of several numbers: a better one may lie beyond."""
+    found = []
+    for path, value in student.point.items():
+        numbers = [v for v in student.variant.grid[path] if _is_number(v)]
+        if _is_number(value) and min(numbers) < max(numbers) and value in (min(numbers), max(numbers)):
+            found.append(path)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _outcome(
