@@ -89,6 +89,7 @@ def test_a_killed_script_goes_on_to_the_weights_of_a_notebook_that_nobody_stops(
     scope: dict[str, Any] = {"__name__": "__main__"}
     asyncio.run(run_cell(SCRIPT, scope))
     assert scope["result"].warnings == []
+    assert scope["result"].accuracy > 0.5
     assert students(folder) == students(tmp_path)
     assert {path.name for path in folder.glob("runs/distill-*")} == {scope["result"].folder.name}
 

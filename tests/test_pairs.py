@@ -20,6 +20,12 @@ SMALL = {"resnet56-resnet20": ("cifar_resnet8", None), "wrn_40_2-shufflenetv1": 
 """Pairs that `make test` runs, with a teacher that is less deep; the others are long tests."""
 
 
+@pytest.fixture(autouse=True)
+def timed_once(monkeypatch):
+    """A member's latency is no promise here; taking it 30 times of 20 members costs a third of these tests."""
+    monkeypatch.setattr("kdcore.training.cost.LATENCY_RUNS", 1)
+
+
 def shortened(pair: str) -> dict:
     """The pair's recipe for one epoch of two steps on 16 x 16 images; of CRD's negatives there are fewer."""
     recipe = read(ROOT / "examples" / "cifar100" / f"{pair}.toml")
