@@ -85,7 +85,7 @@ BROKEN = {
         "HangError: not loaded after 0.5 s",
         4,
     ),
-    "odd hooks version": ("KDCORE_HOOKS = '1'", "KDCORE_HOOKS is '1'. Write KDCORE_HOOKS = 1", 0),
+    "odd hooks version": ("KDCORE_HOOKS = '1'", "KDCORE_HOOKS is '1'. Write KDCORE_HOOKS = 2", 0),
 }  # fmt: skip
 
 

@@ -37,13 +37,12 @@ def imagefolder(options: ImageFolderOptions) -> Dataset:
     root = Path(options.root).expanduser()
     classes = class_names(root / "train")
     held = root / (options.test or ("val" if (root / "val").is_dir() else "test"))
-    if strange := sorted(set(class_names(held)) - set(classes)):
+    present = class_names(held)
+    if strange := sorted(set(present) - set(classes)):
         what = f"its class {strange[0]!r} is none of train's ({len(strange)} such classes)"
         raise DataError(what, where=str(held), fix="Name the class folders of both splits alike.")
-    present = set(class_names(held))
     train = _split(root / "train", classes, options, list(range(len(classes))), whole=True)
-    numbers = [number for number, name in enumerate(classes) if name in present]
-    test = _split(held, [classes[number] for number in numbers], options, numbers)
+    test = _split(held, present, options, [classes.index(name) for name in present])
     return Dataset(train, test, len(classes), mean=options.mean, std=options.std)
 
 

@@ -187,4 +187,5 @@ def _in_order(split: Split, parts: list[slice], device: torch.device, workers: i
     if isinstance(split.images, Tensor):
         return (split.images[part].to(device) for part in parts)
     requests: Iterator[Request] = ((np.arange(*part.indices(len(split))), None) for part in parts)
-    return read_batches(Reader(split.images), requests, min(workers, len(parts)), device)
+    workers = min(workers, len(parts)) if len(parts) > 1 else 0  # one batch has nothing to be read ahead of
+    return read_batches(Reader(split.images), requests, workers, device)
