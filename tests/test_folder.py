@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from small import die_at_step_30, make_run, weights
+from test_readme import blocks
 from torchvision.transforms import v2
 
+from kdcore.cli import main
 from kdcore.data import Dataset, Random, Split, listing, load_splits
 from kdcore.data.augment import Flip
 from kdcore.data.folder import Crops, View, decode, imagefolder
@@ -402,15 +406,19 @@ def kdcore_register(registry):
 
 
 @pytest.mark.long
-def test_workers_end_with_a_driver_that_is_killed(root, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_a_run_that_is_ended(root, tmp_path, number):
     recipe = recipe_of(root, 2) | {"train": {"epochs": 500}}
     program = f"import json, kdcore; kdcore.run(json.loads({json.dumps(recipe)!r}), root={str(tmp_path)!r})"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, start_new_session=True)
     tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     wait_until(lambda: len(tasks.read_text().split()) >= 2)
     workers = tasks.read_text().split()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    assert process.wait() != 0
     wait_until(lambda: not any(map(runs, workers)))
 
 
@@ -427,3 +435,37 @@ def wait_until(true, seconds: float = 30.0) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+def test_imagenets_recipe_is_planned_with_given_weights(root, tmp_path, host):
+    from torchvision.models import resnet34
+
+    example = Path(__file__).parents[1] / "examples" / "imagenet" / "resnet34-resnet18.toml"
+    torch.save(resnet34(num_classes=3).state_dict(), tmp_path / "published.pth")
+    teacher = tmp_path / "resnet34.safetensors"
+    about = ["--shape", "3x224x224", "--classes", "3", "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]
+    with pytest.raises(SystemExit) as done:
+        main(["convert", str(tmp_path / "published.pth"), str(teacher), "--model", "resnet34", *about])
+    assert done.value.code == 0
+    recipe = load(example, [f"data.root={root}", f"teacher.weights={teacher}"])
+    view, _ = compile_recipe(recipe, host.catalog)
+    assert (view.data.batch_size, view.teacher.model, view.student.model) == (256, "vision/resnet34", "vision/resnet18")
+    with pytest.raises(SystemExit) as done:
+        main(["plan", str(example), "--set", f"data.root={root}", "--set", f"teacher.weights={teacher}"])
+    assert done.value.code == 0
+
+
+def test_the_printed_images_are_read(tmp_path):
+    np.save(
+        tmp_path / "images.npy", torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 6, 5).numpy()
+    )
+    (block,) = blocks("python", (Path(__file__).parents[1] / "docs" / "data.md").read_text())
+    scope: dict = {}
+    exec(block, scope)
+    splits = load_made(scope["Mapped"](tmp_path / "images.npy"))
+    source = source_of(splits, 1)
+    assert source.batch(0).inputs.shape == (16, 1, 6, 5)
+    source.close()
