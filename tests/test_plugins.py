@@ -72,7 +72,7 @@ BROKEN = {
     ),
     "newer hooks": (
         "import kdcore\nKDCORE_HOOKS = 99\n@kdcore.hookimpl\ndef kdcore_run_started(run):\n    pass",
-        "it needs kdcore hooks 99, this is 1. Upgrade kdcore",
+        "it needs kdcore hooks 99, this is 2. Upgrade kdcore",
         0,
     ),
     "hang at import": (
