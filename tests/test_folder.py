@@ -56,9 +56,11 @@ def make_folder(root: Path, of_train: int = 18, of_val: int = 6) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +190,7 @@ def test_options_that_change_pixels_change_the_fingerprint(own, options):
 
 
 def test_contents_are_read_once_and_again_if_a_cache_is_damaged(own, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = splits_of(own).fingerprint
     with monkeypatch.context() as patched:
         patched.setattr(listing, "_content", lambda *_: pytest.fail("read again"))
@@ -341,25 +344,34 @@ def children() -> set[str]:
     return {child for task in tasks for child in task.read_text().split()}
 
 
-def test_a_run_from_a_folder_learns_and_its_bits_do_not_depend_on_the_workers(root, tmp_path):
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory) -> tuple[Path, dict]:
+    """A run that reads in its own process, with steps enough to die at one, and its result."""
+    place = tmp_path_factory.mktemp("whole")
+    return place, make_run(place, recipe=longer(root, 0)).execute()
+
+
+def longer(root: Path, workers: int) -> dict:
+    recipe = recipe_of(root, workers, execute={"log_every": 5, "checkpoint_seconds": 1e-6})
+    recipe["data"]["batch_size"] = 4  # 12 steps an epoch
+    return recipe | {"train": {"epochs": 3, "lr": 0.02, "teacher": {"epochs": 2}}}
+
+
+def test_a_run_from_a_folder_learns(whole):
+    members = whole[1]["stages"][0]["members"]
+    assert members["teacher"]["test_accuracy"] > 0.5
+    assert members["teacher"]["monitor_images"] == 6
+
+
+def test_a_run_that_died_in_the_middle_of_an_epoch_ends_with_the_same_bits_from_other_workers(root, tmp_path, whole):
     before = children()
-    for workers in (0, 3):
-        result = make_run(tmp_path / str(workers), recipe=recipe_of(root, workers)).execute()
-    assert children() == before
-    assert weights(tmp_path / "0") == weights(tmp_path / "3")
-    assert result["stages"][0]["members"]["teacher"]["test_accuracy"] > 0.5
-
-
-def test_a_run_that_died_in_the_middle_of_an_epoch_ends_with_the_same_bits(root, tmp_path):
-    recipe = recipe_of(root, execute={"log_every": 5, "checkpoint_seconds": 1e-6})
-    recipe["data"]["batch_size"] = 4
-    recipe["train"] = {"epochs": 3, "teacher": {"epochs": 1}}
-    make_run(tmp_path / "whole", recipe=recipe).execute()
-    died = make_run(tmp_path / "died", recipe=recipe)
+    died = make_run(tmp_path, recipe=longer(root, 1))
     die_at_step_30(died)
-    assert any(int(path.name.rpartition("-")[2]) % 12 for path in (tmp_path / "died").rglob("ckpt-*"))
-    make_run(tmp_path / "died", recipe=recipe).execute()
-    assert weights(tmp_path / "died") == weights(tmp_path / "whole")
+    assert any(int(path.name.rpartition("-")[2]) % 12 for path in tmp_path.rglob("ckpt-*"))
+    make_run(tmp_path, recipe=longer(root, 3)).execute()
+    assert weights(tmp_path) == weights(whole[0])
+    assert weights(tmp_path, "teacher") == weights(whole[0], "teacher")
+    assert children() == before
 
 
 @pytest.mark.parametrize("workers", [0, 1])
