@@ -28,7 +28,7 @@ _EXPORTS = {
     "executor": "Executor perform",
     "deploy.classifier": "Classifier load_model",
     "deploy.export": "Exporter",
-    "data": "Dataset Split TrainData DataInfo Batch Random Source SourceContext",
+    "data": "Dataset Split Images TrainData DataInfo Batch Random Source SourceContext",
     "outputs": "Outputs Shapes Loss",
     "training.step": "StepContext",
     "transforms": "TransformContext",
@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .data import Batch as Batch
     from .data import DataInfo as DataInfo
     from .data import Dataset as Dataset
+    from .data import Images as Images
     from .data import Random as Random
     from .data import Source as Source
     from .data import SourceContext as SourceContext

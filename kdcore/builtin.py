@@ -25,6 +25,8 @@ def kdcore_register(registry: Registrar) -> None:
                         ("svhn", "32x32 RGB house numbers")):  # fmt: skip
         registry.dataset(name, f"{sets}.sets:{name}", options=f"{sets}.options:TorchvisionOptions",
                          about=f"torchvision's {name}, {about}; needs root")  # fmt: skip
+    registry.dataset("imagefolder", f"{sets}.folder:imagefolder", options=f"{sets}.options:ImageFolderOptions",
+                     about="a folder of images by class, read when wanted, such as ImageNet; needs root")  # fmt: skip
     registry.source("epochs", f"{sets}.source:EpochSource", options="kdcore.options:Options",
                     about="the training split, shuffled every epoch")  # fmt: skip
     registry.transform("shift", f"{sets}.augment:Shift", options=f"{sets}.options:ShiftOptions",

@@ -14,7 +14,7 @@ A plugin is a module (or package) named by an entry point of the group ``kdcore`
         registry.strategy("born-again", "kdcore_acme_impl:BornAgain")
 
 It may implement any of the hooks below, and only those; take the arguments you need and leave out the others.
-A module may state the version it was written for: ``KDCORE_HOOKS = 1``. A newer one than the host's is refused.
+A module may state the version it was written for: ``KDCORE_HOOKS = 2``. A newer one than the host's is refused.
 
 Nothing acts on a run because it is installed: what a plugin registers is used when a recipe names it, and observers
 see plain numbers that they cannot change. Hooks run in the driving process only; worker processes call
@@ -31,7 +31,7 @@ import pluggy
 if TYPE_CHECKING:
     from .registry import Registrar
 
-HOOKS_VERSION = 1
+HOOKS_VERSION = 2
 """Raised when a hook or a registrar method changes in a way that an existing plugin can notice."""
 
 hookspec = pluggy.HookspecMarker("kdcore")

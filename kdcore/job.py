@@ -28,6 +28,7 @@ class Settings:
     channels_last: bool = False
     log_every: int = 50
     checkpoint_seconds: float = 20.0
+    workers: int = 0
     strict: bool = False
     failure: Spec = STOP
     plugin_files: tuple[str, ...] = ()

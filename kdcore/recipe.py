@@ -70,6 +70,9 @@ class DataTable(Table):
     shift: int = Field(0, ge=0, description="pixels of random translation, e.g. 1 (CIFAR: 4)")
     flip: bool = Field(False, description="true or false")
     transforms: tuple[Named, ...] = Field((), description='a list like ["flip", { name = "shift", pixels = 1 }]')
+    workers: int | None = Field(
+        None, ge=0, le=512, description="processes that read images, from 0; the cores by default"
+    )
     source: Named = Field(Named(name="epochs"), description='a name, e.g. "epochs"')
 
 

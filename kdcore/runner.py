@@ -369,6 +369,7 @@ def make_settings(
         channels_last=recipe.channels_last,
         log_every=recipe.execute.log_every,
         checkpoint_seconds=recipe.execute.checkpoint_seconds,
+        workers=device.default_workers(jobs) if recipe.data.workers is None else recipe.data.workers,
         strict=strict,
         failure=Spec(recipe.execute.failure.name, recipe.execute.failure.extras),
         plugin_files=plugin_files,

@@ -34,7 +34,7 @@ def test_the_record_holds_every_hook_every_kind_and_every_protocol() -> None:
     beside = {f"{package}.{name}" for package in ("data", "losses") for name in getattr(kdcore, package).__all__}
     assert {name for name in beside if name.partition(".")[2] not in kdcore.__all__} <= set(found["names"])
     protocols = {name.partition(".")[0] for name in found["implemented"]}
-    assert protocols == {"Controller", "Executor", "Exporter", "FailurePolicy", "Loss", "Source", "Strategy"}
+    assert protocols == {"Controller", "Executor", "Exporter", "FailurePolicy", "Images", "Loss", "Source", "Strategy"}
     required = {(kind.title().replace("_", ""), name) for kind, names in REQUIRED.items() for name in names}
     assert {f"{protocol}.{name}" for protocol, name in required} <= set(found["implemented"])
 

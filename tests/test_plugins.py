@@ -72,7 +72,7 @@ BROKEN = {
     ),
     "newer hooks": (
         "import kdcore\nKDCORE_HOOKS = 99\n@kdcore.hookimpl\ndef kdcore_run_started(run):\n    pass",
-        "it needs kdcore hooks 99, this is 1. Upgrade kdcore",
+        "it needs kdcore hooks 99, this is 2. Upgrade kdcore",
         0,
     ),
     "hang at import": (
@@ -85,7 +85,7 @@ BROKEN = {
         "HangError: not loaded after 0.5 s",
         4,
     ),
-    "odd hooks version": ("KDCORE_HOOKS = '1'", "KDCORE_HOOKS is '1'. Write KDCORE_HOOKS = 1", 0),
+    "odd hooks version": ("KDCORE_HOOKS = '1'", "KDCORE_HOOKS is '1'. Write KDCORE_HOOKS = 2", 0),
 }  # fmt: skip
 
 

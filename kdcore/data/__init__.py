@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from .random import Random
     from .source import Source, SourceContext
     from .splits import load_splits
-    from .types import Batch, DataInfo, Dataset, Split, Splits, TrainData
+    from .types import Batch, DataInfo, Dataset, Images, Split, Splits, TrainData
 
 _HOME = {
     "Batch": "types",
     "DataInfo": "types",
     "Dataset": "types",
+    "Images": "types",
     "Random": "random",
     "Source": "source",
     "SourceContext": "source",
@@ -31,6 +32,7 @@ __all__ = [
     "Batch",
     "DataInfo",
     "Dataset",
+    "Images",
     "Random",
     "Source",
     "SourceContext",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .types import Dataset, Split
+from .types import Dataset, Images, Split
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -51,6 +52,9 @@ def _check_alike(train: Split, other: Split, where: str) -> None:
 def _check_moments(dataset: Dataset, channels: int, where: str) -> None:
     mean, std = dataset.mean, dataset.std
     if mean is None and std is None:
+        if not isinstance(dataset.train.images, Tensor):
+            fix = "Give the Dataset a mean and a std: these images are not counted through."
+            raise DataError("no mean and no std", where=where, fix=fix)
         return
     if mean is None or std is None or not len(mean) == len(std) == channels:
         what = f"mean is {mean} and std is {std} for {channels} channels"
@@ -68,22 +72,22 @@ def _checked_split(split: Split, classes: int, where: str) -> Split:
     return Split(images, labels)
 
 
-def check_shapes(images: Tensor, labels: Tensor, where: str) -> None:
+def check_shapes(images: Tensor | Images, labels: Tensor, where: str) -> None:
     """Images must be [N, C, H, W] and labels [N], with N > 0."""
-    for kind, value in (("images", images), ("labels", labels)):
-        if not isinstance(value, Tensor):
+    for kind, value, known in (("images", images, Tensor | Images), ("labels", labels, Tensor)):
+        if not isinstance(value, known):
             raise DataError(f"{kind} are {type(value).__name__}", where=where, fix="Give a torch tensor.")
-    if images.ndim != 4:
+    if len(images.shape) != 4:
         fix = "Give [N, C, H, W]; grey images have C = 1."
         raise DataError(f"images have shape {tuple(images.shape)}", where=where, fix=fix)
     if labels.ndim != 1:
         fix = "Give [N]: one class number a sample, not one-hot."
         raise DataError(f"labels have shape {tuple(labels.shape)}", where=where, fix=fix)
-    if len(images) != len(labels):
-        first = min(len(images), len(labels))
-        what = f"{len(images)} images but {len(labels)} labels: sample {first} has only one of them"
+    if images.shape[0] != len(labels):
+        first = min(images.shape[0], len(labels))
+        what = f"{images.shape[0]} images but {len(labels)} labels: sample {first} has only one of them"
         raise DataError(what, where=where, fix="Give one label an image.")
-    if images.numel() == 0:
+    if math.prod(images.shape) == 0:
         what = f"no pixels: images have shape {tuple(images.shape)}"
         raise DataError(what, where=where, fix="Change the options of the data set (the keys of `data`).")
 
@@ -103,7 +107,10 @@ def check_labels(labels: Tensor, classes: int, where: str) -> None:
         raise DataError(what, where=where, fix=f"With {classes} classes labels run from 0 to {classes - 1}.")
 
 
-def _pixels(images: Tensor, where: str) -> Tensor:
+def _pixels(images: Tensor | Images, where: str) -> Tensor | Images:
+    if not isinstance(images, Tensor):
+        _check_read(images, where)
+        return images
     if images.dtype == torch.uint8:
         return images.to("cpu").contiguous()
     if not images.is_floating_point():
@@ -114,6 +121,14 @@ def _pixels(images: Tensor, where: str) -> Tensor:
         what = f"sample {_first(bad)} has pixels that are NaN or infinite ({int(bad.sum())} such samples)"
         raise DataError(what, where=where, fix="Remove or repair them.")
     return images
+
+
+def _check_read(images: Images, where: str) -> None:
+    if images.dtype != torch.uint8:
+        raise DataError(f"images that are read are {images.dtype}", where=where, fix="Give uint8 (0..255).")
+    if not re.fullmatch(r"[0-9a-f]{64}", str(images.fingerprint)):
+        fix = "Give 64 hex digits: the sha256 of all that decides what read() gives."
+        raise DataError(f"the fingerprint is {images.fingerprint!r}", where=where, fix=fix)
 
 
 def _first(bad: Tensor) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from math import inf
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 
 from ..options import Field, Options
 
@@ -31,6 +32,41 @@ class TorchvisionOptions(Options):
         description="false to accept CIFAR or SVHN files whose md5 is not the published one, as when their samples are "
         "in another order (CIFAR's are pickles, which can run code: only files that you trust)",
     )
+
+
+class ImageFolderOptions(Options):
+    root: str = Field(min_length=1, description="a folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
+    test: str | None = Field(
+        None, min_length=1, description='the folder of the test split in root; "val", or else "test", by default'
+    )
+    size: int = Field(224, ge=1, description="the height and width that a model gets, in pixels, such as 224")
+    resize: int = Field(
+        256, ge=1, description="an evaluated image's shorter side before its centre is cut out, from size"
+    )
+    scale: tuple[float, float] = Field(
+        (0.08, 1.0),
+        description="the smallest and largest share of an image that a random crop covers, such as [0.08, 1]",
+    )
+    ratio: tuple[float, float] = Field(
+        (3 / 4, 4 / 3), description="the smallest and largest width / height of a random crop, such as [0.75, 1.333]"
+    )
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), description="subtracted from images in 0..1, red, green and blue; ImageNet's by default"
+    )
+    std: tuple[float, float, float] = Field(
+        (0.229, 0.224, 0.225), description="what the difference is divided by; ImageNet's by default"
+    )
+    verify: bool = Field(True, description="false to tell files by name and size alone, without reading them once")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.resize < self.size:
+            raise ValueError(f"resize = {self.resize} is below size = {self.size}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale = {list(self.scale)} is not two shares in ascending order, above 0 and up to 1")
+        if not 0 < self.ratio[0] <= self.ratio[1] < inf:
+            raise ValueError(f"ratio = {list(self.ratio)} is not two numbers above 0 in ascending order")
+        return self
 
 
 class ShiftOptions(Options):

@@ -73,7 +73,7 @@ def _normalised(data: Dataset, mean: Any, std: Any) -> Dataset:
     channels = data.train.images.shape[1]
     if (mean is None) != (std is None):
         raise DataError("only one of mean and std is given", where="distill(mean=..., std=...)", fix="Give both.")
-    if mean is None and (data.mean is not None or not data.train.images.is_floating_point()):
+    if mean is None and (data.mean is not None or not data.train.images.dtype.is_floating_point):
         return data
     mean, std = (0.0, 1.0) if mean is None else (mean, std)
     return replace(data, mean=_per_channel(mean, channels), std=_per_channel(std, channels))

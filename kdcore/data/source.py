@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import DataError, PluginError
 from ..options import Options as NoOptions
 from ..seeds import derive
+from .loading import Feed, Reader, Request, read_batches
 from .random import Random
 from .types import Batch, Split, Splits, TrainData
 
@@ -30,6 +33,7 @@ class SourceContext:
         drop_last: leave out a ragged last batch.
         transforms: augmentations, in order.
         device: where batches are wanted.
+        workers: processes that read ahead where images are :class:`kdcore.Images`; 0 to read in this one.
     """
 
     data: TrainData
@@ -38,13 +42,15 @@ class SourceContext:
     drop_last: bool
     transforms: tuple[Transform, ...]
     device: torch.device
+    workers: int = 0
 
 
 class Source(Protocol):
     """Gives batches. ``knobs`` holds what ``Set("data.NAME", value)`` may change, with its current value.
 
     A source that cannot be a pure function of the step (a replay buffer, an iterator) also has ``state_dict`` and
-    ``load_state_dict`` with a flat dict of tensors and JSON values; they go into checkpoints.
+    ``load_state_dict`` with a flat dict of tensors and JSON values; they go into checkpoints. One that holds processes
+    or files has ``close()``, which is called when the stage ends, however it ends.
     """
 
     steps_per_epoch: int
@@ -73,7 +79,9 @@ class Normalizer:
 
 
 class EpochSource:
-    """The training split, shuffled anew every epoch, resident on the device (uint8 stays uint8 there).
+    """The training split, shuffled anew every epoch.
+
+    A tensor is resident on the device (uint8 stays uint8 there); images that do not fit are read ahead by processes.
 
     The order is a function of (run seed, data fingerprint, epoch), an augmentation one of (run seed, sample, epoch).
     Images are normalised before the transforms run, so zeros that a transform fills in are the mean colour.
@@ -96,13 +104,13 @@ class EpochSource:
         self._normalize = Normalizer.of(context.data, context.device)
         self._augment_seed = derive(context.seed, "augment")
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
+        images = self.train.images
+        self._feed = None if isinstance(images, Tensor) else self._fed(Reader(images, self._augment_seed))
 
     def batch(self, step: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
-        size = self.context.batch_size
-        index = self._epoch_order(epoch)[position * size : (position + 1) * size]
-        samples = self.train.take(index)
-        batch = Batch(self._normalize(samples.images), samples.labels, index, epoch)
+        index = self._part(self._epoch_order(epoch), position)
+        batch = Batch(self._normalize(self._images(step, index)), self.train.labels[index], index, epoch)
         for transform in self.context.transforms:
             batch = transform(batch, Random(self._augment_seed, batch.index, epoch))
             if not isinstance(batch, Batch):
@@ -113,10 +121,38 @@ class EpochSource:
     def _epoch_order(self, epoch: int) -> Tensor:
         # 8 bytes a sample are drawn on the host and copied once an epoch: a GPU's own permutation would differ
         if self._order[0] != epoch:
-            seed = derive(self.context.seed, "order", self.context.data.fingerprint, epoch)
-            order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
-            self._order = (epoch, order.to(self.context.device))
+            self._order = (epoch, self._drawn(epoch).to(self.context.device))
         return self._order[1]
+
+    def _drawn(self, epoch: int) -> Tensor:
+        seed = derive(self.context.seed, "order", self.context.data.fingerprint, epoch)
+        return torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+
+    def _part(self, order: Tensor, position: int) -> Tensor:
+        size = self.context.batch_size
+        return order[position * size : (position + 1) * size]
+
+    def _images(self, step: int, index: Tensor) -> Tensor:
+        if isinstance(self.train.images, Tensor):
+            return self.train.images.index_select(0, index)
+        assert self._feed is not None
+        return self._feed.at(step)
+
+    def _fed(self, reader: Reader) -> Feed:
+        return Feed(lambda step: read_batches(reader, self._requests(step), self.context.workers, self.context.device))
+
+    def _requests(self, step: int) -> Iterator[Request]:
+        """The batches from ``step`` on, without end: the next epoch is read while this one is evaluated."""
+        first, start = divmod(step, self.steps_per_epoch)
+        for epoch in itertools.count(first):
+            order = self._drawn(epoch)
+            for position in range(start if epoch == first else 0, self.steps_per_epoch):
+                yield self._part(order, position).numpy(), epoch
+
+    def close(self) -> None:
+        """Ends the processes that read ahead."""
+        if self._feed is not None:
+            self._feed.close()
 
 
 def _steps(samples: int, batch_size: int, drop_last: bool) -> int:
@@ -130,7 +166,7 @@ def _steps(samples: int, batch_size: int, drop_last: bool) -> int:
 
 
 def eval_batches(
-    split: Split, splits: Splits, device: torch.device | str, size: int = 512
+    split: Split, splits: Splits, device: torch.device | str, size: int = 512, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A split in order, normalised and not augmented: (inputs [B, C, H, W] float32, target [B] int64).
 
@@ -139,8 +175,17 @@ def eval_batches(
         splits: whose statistics normalise.
         device: where batches are wanted.
         size: samples a batch; the last may have fewer.
+        workers: processes that read ahead where images are read.
     """
     normalize = Normalizer.of(splits, device)
-    for start in range(0, len(split), size):
-        part = slice(start, start + size)
-        yield normalize(split.images[part].to(device)), split.labels[part].to(device)
+    parts = [slice(start, start + size) for start in range(0, len(split), size)]
+    for part, images in zip(parts, _in_order(split, parts, torch.device(device), workers), strict=True):
+        yield normalize(images), split.labels[part].to(device)
+
+
+def _in_order(split: Split, parts: list[slice], device: torch.device, workers: int) -> Iterator[Tensor]:
+    if isinstance(split.images, Tensor):
+        return (split.images[part].to(device) for part in parts)
+    requests: Iterator[Request] = ((np.arange(*part.indices(len(split))), None) for part in parts)
+    workers = min(workers, len(parts)) if len(parts) > 1 else 0  # one batch has nothing to be read ahead of
+    return read_batches(Reader(split.images), requests, workers, device)

@@ -2,13 +2,67 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from .random import Random
+
 SplitName: TypeAlias = Literal["train", "monitor", "test"]
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Images that are read when they are wanted, since together they do not fit into memory.
+
+    Worker processes read batches ahead, so ``read`` depends on its arguments alone; the object is forked, not pickled.
+    Hold paths and the like in arrays: Python objects that are touched are copied into every worker.
+    """
+
+    shape: tuple[int, int, int, int]
+    """[N, C, H, W] of all that can be read."""
+    dtype: torch.dtype
+    """uint8."""
+    fingerprint: str
+    """sha256 (hex) of all that decides what ``read`` gives; part of a stage's key."""
+
+    def read(self, index: Tensor, random: Random | None) -> Tensor:
+        """The images at ``index`` [B], int64, on the host: [B, C, H, W] uint8.
+
+        Args:
+            index: positions from 0 to N - 1.
+            random: one stream of numbers a sample for the training view, such as a random crop; None for the
+                evaluation view.
+
+        Raises:
+            DataError: names the file that cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Some of other images, in an order of their own; nothing is copied."""
+
+    images: Images
+    index: Tensor  # [M], int64, on the host
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (len(self.index), *self.images.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.images.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.images.fingerprint.encode() + self.index.numpy().tobytes()).hexdigest()
+
+    def read(self, index: Tensor, random: Random | None) -> Tensor:
+        return self.images.read(self.index[index], random)
 
 
 @dataclass(frozen=True)
@@ -16,21 +70,25 @@ class Split:
     """Images and their labels.
 
     Args:
-        images: [N, C, H, W], uint8 (0..255) or float32.
+        images: [N, C, H, W], uint8 (0..255) or float32; or :class:`Images`, which are read when they are wanted.
         labels: [N], int64, each in [0, classes).
     """
 
-    images: Tensor
+    images: Tensor | Images
     labels: Tensor
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
 
     def to(self, device: torch.device | str) -> Split:
-        return Split(self.images.to(device), self.labels.to(device))
+        """The split on ``device``; images that are read stay on the host."""
+        images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
+        return Split(images, self.labels.to(device))
 
     def take(self, index: Tensor) -> Split:
         """The samples at ``index`` [M], int64, in its order."""
+        if not isinstance(self.images, Tensor):
+            return Split(Taken(self.images, index.cpu()), self.labels[index])  # type: ignore[arg-type]
         return Split(self.images.index_select(0, index), self.labels[index])  # copies whole images: 4 times faster
 
 

@@ -10,6 +10,8 @@ import torch
 
 from ..errors import DeviceError
 
+MOST_WORKERS = 32  # each holds some batches
+
 
 def resolve(name: str) -> torch.device:
     """``auto`` is CUDA where there is one.
@@ -30,6 +32,11 @@ def resolve(name: str) -> torch.device:
 def default_threads(jobs: int) -> int:
     """Cores of this process shared by ``jobs``."""
     return max(1, len(os.sched_getaffinity(0)) // jobs)
+
+
+def default_workers(jobs: int) -> int:
+    """Processes that read images for each of ``jobs``: as many as it has cores, since decoding is all that they do."""
+    return min(MOST_WORKERS, default_threads(jobs))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Split
-from ..data.source import eval_batches
 from ..errors import PluginError
 from ..outputs import Outputs
 from .ledger import at_logits, gradient, norms_and_cosines
@@ -45,7 +44,7 @@ def accuracy(
     right = torch.zeros((), dtype=torch.int64, device=session.device)
     loss = torch.zeros((), dtype=torch.float64, device=session.device)
     with evaluating(module), session.autocast():
-        for inputs, target in eval_batches(split, session.splits, session.device, session.eval_size):
+        for inputs, target in session.evaluated(split):
             logits = module(inputs).float()
             hits = logits.argmax(1) == target
             right += hits.sum()
@@ -65,7 +64,7 @@ def metrics(session: Session, learner: Learner) -> dict[str, float]:
     teacher = session.learners[source].evaluated
     sums = {name: torch.zeros((), dtype=torch.float64, device=session.device) for name in wanted}
     with evaluating(learner.evaluated, teacher), session.autocast():
-        for inputs, target in eval_batches(session.splits.monitor, session.splits, session.device, session.eval_size):
+        for inputs, target in session.evaluated(session.splits.monitor):
             student_logits, teacher_logits = learner.evaluated(inputs), teacher(inputs)
             for name in wanted:
                 value = session.metrics[name](student_logits, teacher_logits, target)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..codec import decode
 from ..data import Batch, Splits
+from ..data.loading import lost
 from ..errors import Interrupted, PlanError, PluginError, suggest
 from ..job import Emit, Job
 from ..plan import Decision, Drop, Finish, Json, Set, TickView
@@ -78,9 +79,14 @@ def _attempt(
         _train(session, inputs, stopped, again)
         return finish(session)
     except (RuntimeError, MemoryError) as error:
+        if died := lost(error):
+            raise died from error
         if not memory.is_exhausted(error):
             raise
         return memory.next_try(job, catalog, session, error)
+    finally:
+        if session is not None:
+            session.close()
 
 
 def _needed(store: Store, key: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codec import decode
-from ..data import Batch, Source, SourceContext, Splits
+from ..data import Batch, Source, SourceContext, Split, Splits
 from ..data.source import eval_batches
 from ..errors import DataError, PlanError
 from ..job import Emit, Job
@@ -102,6 +102,15 @@ class Session:
         """Samples of an evaluation batch, which is cut as often as the training's."""
         return -(-EVAL_SIZE // self.pieces)
 
+    def evaluated(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+        """A split in order, in batches of ``eval_size``: see :func:`kdcore.data.source.eval_batches`."""
+        return eval_batches(split, self.splits, self.device, self.eval_size, self.job.settings.workers)
+
+    def close(self) -> None:
+        """Ends what the source holds, such as processes that read ahead."""
+        if hasattr(self.source, "close"):
+            self.source.close()
+
     def autocast(self) -> torch.autocast:
         return devices.autocast(self.device, self.job.settings.precision)
 
@@ -160,7 +169,7 @@ def open_session(
     _build_terms(stage, learners, catalog, splits)
     for learner in learners.values():
         _build_optimizer(stage, learner, catalog)
-    source, transforms = _build_source(stage, catalog, splits, device, learners)
+    source, transforms = _build_source(stage, catalog, splits, device, learners, job.settings.workers)
     controllers = [
         (spec.name.rpartition("/")[2], _constructed("controller", spec, catalog)) for spec in stage.controllers
     ]
@@ -294,12 +303,19 @@ def _build_optimizer(stage: Stage, learner: Learner, catalog: Catalog) -> None:
 
 
 def _build_source(
-    stage: Stage, catalog: Catalog, splits: Splits, device: torch.device, learners: Mapping[str, Learner]
+    stage: Stage,
+    catalog: Catalog,
+    splits: Splits,
+    device: torch.device,
+    learners: Mapping[str, Learner],
+    workers: int,
 ) -> tuple[Source, list[Any]]:
     assert stage.seed is not None
     spec = stage.data
     transforms = [build_transform(item, catalog, splits.info) for item in spec.transforms]
-    context = SourceContext(splits.for_training, stage.seed, spec.batch_size, spec.drop_last, tuple(transforms), device)
+    context = SourceContext(
+        splits.for_training, stage.seed, spec.batch_size, spec.drop_last, tuple(transforms), device, workers
+    )
     source: Source = _constructed("source", spec.source, catalog, context)
     if stage.tick == "epoch" and stage.length:
         if source.steps_per_epoch < 1:
