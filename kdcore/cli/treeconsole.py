@@ -83,7 +83,7 @@ class TreeConsole(RunConsole):
         self.growth.add(event)
         if self.live and event["kind"] != "log":
             self.display.update(TreeView(self.growth.tree()))
-        elif event["kind"] == "choice":
+        elif event["kind"] in ("choice", "log"):
             super().handle(event)
         elif event["kind"] == "stage_finished":
             self._say_finished(event["key"])
