@@ -149,9 +149,9 @@ def show_plan(source: Path, sets: list[str], host: PluginHost, root: Path, store
     Raises:
         KdError: what the run would raise before its first stage.
     """
-    from ..training.rehearsal import rehearse
-
     recipe = check(source, sets, host)
+    from ..training.rehearsal import rehearse  # which imports torch
+
     settings = make_settings(recipe, store or root / "store", recipe.execute.jobs)
     context = make_context(host)
     keys = Keys(host.catalog, recipe.seed, settings, lambda spec: str(context.load(spec).fingerprint))
