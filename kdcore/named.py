@@ -18,6 +18,11 @@ class Objective:
     terms: tuple[Term, ...]
     places: tuple[str, ...]
 
+    @property
+    def place(self) -> str:
+        """Of the list that holds them."""
+        return self.places[0].rpartition("[")[0] or self.places[0]
+
 
 @dataclass
 class Names:

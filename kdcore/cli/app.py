@@ -159,7 +159,7 @@ def plan(
     plugin_file: Files = None,
     block: Block = None,
 ) -> None:
-    """Print the stages of a recipe with their cost; run nothing."""
+    """Print the stages of a recipe with their cost, and try it on a few samples; train nothing."""
     from .drive import show_plan
 
     host = load_host(_blocked(block), plugin_file or [])

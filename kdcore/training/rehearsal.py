@@ -98,7 +98,7 @@ class Room:
         own, other = (cast.outputs(name, batch, self.settings.precision) for name in ("student", "teacher"))
         for objective, terms in built:
             if terms:
-                with _at(objective.places[0].rpartition("[")[0] or objective.places[0]):
+                with _at(objective.place):
                     total = weighted_loss(terms, own, {"teacher": other}, batch, lambda label, value: None)
                     if total.requires_grad:
                         total.backward(retain_graph=True)  # type: ignore[no-untyped-call]
