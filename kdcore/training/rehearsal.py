@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..data import Batch, SourceContext, Splits
+from ..data.loading import lost
 from ..data.source import EpochSource
 from ..errors import KdError
 from ..generators import kept
@@ -54,6 +55,8 @@ def rehearse(names: Names, catalog: Catalog, splits: Splits, store: Store, setti
                 with _at(place):
                     room.rehearse(stage, names.objectives if not place else names.objectives[:1])
             except (RuntimeError, MemoryError) as error:
+                if died := lost(error):
+                    raise died from error
                 if not is_exhausted(error):
                     raise
 
@@ -119,7 +122,8 @@ class Room:
         size, data = min(smallest_batch(stage, self.splits), wanted), self.splits.for_training
         transforms = tuple(build_transform(spec, self.catalog, self.splits.info) for spec in stage.data.transforms)
         assert stage.seed is not None
-        source = EpochSource(Options(), SourceContext(data, stage.seed, size, False, transforms, CPU))
+        workers = min(self.settings.workers, 1)  # reading in a process of its own where training does
+        source = EpochSource(Options(), SourceContext(data, stage.seed, size, False, transforms, CPU, workers))
         try:
             return source.batch(0)
         finally:
