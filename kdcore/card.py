@@ -129,14 +129,23 @@ def find_model(card: Card, catalog: Catalog, where: str) -> Entry:
     return catalog.find("model", card.model, where)
 
 
-def check_images(path: str, data: DataInfo, where: str) -> None:
+def check_images(path: str, data: DataInfo, where: str, mapped: str = "") -> None:
     """Refuses weights of a model that takes other images than the data's. A file without a card says nothing.
+
+    Args:
+        path: of the weights.
+        data: as the weights should know them.
+        where: the key that names the file.
+        mapped: the key that says the number of classes, where that is a label map's.
 
     Raises:
         RecipeError: names both shapes and numbers of classes.
     """
     card = find_card(Path(path))
     if card is not None and (card.shape, card.classes) != (data.shape, data.classes):
+        if mapped and card.shape == data.shape:
+            fix = f"Map all of the {card.classes}, or give other weights."
+            raise RecipeError(f"{data.classes} classes, but {path} takes {card.images}", where=mapped, fix=fix)
         here = f"{'x'.join(map(str, data.shape))} images of {data.classes} classes"
         fix = "Give weights of a model that was trained on such images."
         if card.shape == data.shape:

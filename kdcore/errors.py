@@ -101,9 +101,19 @@ EXIT_CODES: dict[int, str] = {
 }
 
 
+SHORTEST_PART = 4  # letters that say which longer name is meant
+
+
+def _holds(name: str, word: str) -> bool:
+    return len(word) >= SHORTEST_PART and word in name
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Says what may have been meant: ``did you mean 'x'?`` or the known names."""
     names = sorted(set(known))
+    longer = [name for name in names if name.endswith(f"_{word}")] or [name for name in names if _holds(name, word)]
+    if longer:
+        return f"Did you mean {min(longer, key=len)!r}?"
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f"Did you mean {close[0]!r}?"

@@ -209,7 +209,8 @@ def _spec(kind: str, table: Table, catalog: Catalog, where: str) -> Spec:
 
 
 def _options(entry: Entry, table: Table, where: str) -> dict[str, Json]:
-    common = [key for key in type(table).model_fields if key != table.name_key]
+    hidden = (table.name_key, "" if where == "teacher" else "label_map")  # only a teacher can have one
+    common = [key for key in type(table).model_fields if key not in hidden]
     return entry.check(table.extras, where, common)
 
 
@@ -247,7 +248,7 @@ def _shown(spec: Spec) -> str:
 
 def _strategy_model(table: Mapping[str, Json], strategy: Named, catalog: Catalog) -> ModelRef:
     """The model that a strategy made of a table; an error names the key of the strategy's options that holds it."""
-    where = _find(table, strategy.extras, "strategy") or "strategy"
+    where = place_of(table, strategy)
     return _model(validate(ModelTable, table, where), catalog, where)
 
 
@@ -255,9 +256,14 @@ def _strategy_terms(
     tables: Sequence[Mapping[str, Json]], strategy: Named, catalog: Catalog, data: SourceSpec
 ) -> tuple[Term, ...]:
     """The objective that a strategy made of tables; errors name keys as :func:`_strategy_model` does."""
-    paths = [_find(table, strategy.extras, "strategy") or "strategy" for table in tables]
+    paths = [place_of(table, strategy) for table in tables]
     checked = [validate(ObjectiveTable, table, where) for table, where in zip(tables, paths, strict=True)]
     return _objective(checked, catalog, data, paths)
+
+
+def place_of(table: Mapping[str, Json], strategy: Named) -> str:
+    """The path of the strategy's option that holds a table; "strategy" for one that it made itself."""
+    return _find(table, strategy.extras, "strategy") or "strategy"
 
 
 def _find(wanted: Any, data: Any, where: str) -> str:

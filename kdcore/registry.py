@@ -120,7 +120,7 @@ class Registrar:
 
     def _add(self, kind: str, name: str, target: Target, options: Target, about: str) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise PluginError(f"{name!r} is no name for a {kind}", fix="Use a-z, 0-9, -, _ and a dot.")
+            raise PluginError(f"{name!r} is no name for {_a(kind)}", fix="Use a-z, 0-9, -, _ and a dot.")
         for text in (target, options):
             if isinstance(text, str) and not _TARGET.fullmatch(text):
                 fix = 'Write "package.module:Name", or give the object itself.'
@@ -277,7 +277,7 @@ class Catalog:
     def _meant(self, kind: str, name: str, short: str) -> str:
         other = [k for k in KINDS if k != kind and short in self.entries[k]]
         if other:
-            return f"{short!r} is a {_noun(other[0])}, not a {_noun(kind)}."
+            return f"{short!r} is {_a(other[0])}, not {_a(kind)}."
         known = [e.full_name if "/" in name else e.name for e in self.all(kind)]
         text = suggest(name, known)
         many = not text.startswith("Did") and len(known) > MOST_LISTED
@@ -286,6 +286,11 @@ class Catalog:
 
 def _class(kind: str) -> str:
     return kind.title().replace("_", "")
+
+
+def _a(kind: str) -> str:
+    noun = _noun(kind)
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _noun(kind: str) -> str:

@@ -24,6 +24,7 @@ from .job import Event, Settings
 from .keys import Keys, in_order
 from .label_maps import seen_by
 from .measure import Measure
+from .named import Names
 from .plan import Choice, Json, Outcome, Result, ResultRef, Spec, Stage
 from .plugins import PluginHost
 from .recipe import Recipe, compile_recipe
@@ -71,6 +72,7 @@ class Run:
     stages: dict[str, Stage] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list)
     binding: int = 0
+    rehearsed: bool = False
     ending: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -79,7 +81,8 @@ class Run:
         load = self.context.load
         view, self.strategy = compile_recipe(self.recipe, self.host.catalog)
         measure = Measure(self.host.catalog, load, view.data)
-        self.view = replace(view, measure=measure.model, estimate=measure.stage)
+        self.names = Names(self.recipe, replace(view, measure=measure.model, estimate=measure.stage))
+        self.view = self.names.noted()
         self.keys = Keys(self.host.catalog, self.recipe.seed, self.settings, lambda spec: str(load(spec).fingerprint))
         self.info = {"id": self.folder.name, "dir": str(self.folder), "seed": self.recipe.seed}
 
@@ -112,7 +115,8 @@ class Run:
         for role, model in (("teacher", self.view.teacher), ("student", self.view.student)):
             if model.weights is not None:
                 info = self.context.load(self.view.data).info
-                check_images(model.weights, seen_by(model, self.host.catalog, info), f"{role}.weights")
+                mapped = "" if model.label_map is None else f"{role}.label_map.of"
+                check_images(model.weights, seen_by(model, self.host.catalog, info), f"{role}.weights", mapped)
 
     # ------------------------------------------------------------ the strategy
 
@@ -187,11 +191,21 @@ class Run:
         if len(missing) < len(wanted):
             self._record_curves()  # once: a long search may find everything there
         if missing:
+            self._rehearse()
             jobs = [self.keys.job(stage) for stage in missing]
             with closing(self.executor.execute(jobs, self.handle)) as finished:  # type: ignore[type-var]
                 for key, result in finished:
                     self._accept(key, {"reused": False, **result})
                     self._record_curves()
+
+    def _rehearse(self) -> None:
+        """Before the first stage that is trained: a student's fault must not show after its teacher's hours."""
+        if not self.rehearsed:
+            from .training.rehearsal import rehearse
+
+            splits = self.context.load(self.view.data)
+            rehearse(self.names, self.host.catalog, splits, self.store, self.settings)
+            self.rehearsed = True
 
     def _reuse(self, key: str) -> bool:
         """Takes the result from the store, if it is there."""

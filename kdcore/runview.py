@@ -40,7 +40,7 @@ class RunView:
     ``model(table)`` makes a model of a table in the strategy's options, ``terms(tables)`` an objective of a list of
     them; ``measure(model)`` gives a model's :class:`ModelCost`, and ``estimate(stage)`` the FLOPs that training a stage
     takes if nothing in it stops early. A recipe is checked up to a strategy's first stage or first measure: name every
-    model and loss before.
+    model and loss before; then they are tried on a few samples, too, before anything is trained.
     """
 
     seed: int

@@ -187,6 +187,24 @@ def test_plugins_prints_one_row_a_kind_and_plugin(cli: Callable[..., Done]) -> N
         assert name in done.out
 
 
+def test_plugins_lists_one_plugin_or_one_kind(cli: Callable[..., Done]) -> None:
+    features, losses = cli("plugins", "features"), cli("plugins", "--kind", "loss")
+    assert "fitnet" in features.out
+    assert "conv1x1" in features.out
+    assert "dkd" not in features.out
+    assert "fitnet" in losses.out
+    assert "dkd" in losses.out
+    assert "conv1x1" not in losses.out
+    assert cli("plugins", "--kind", "los").err == "kdcore: RecipeError: --kind: no kind 'los'. Did you mean 'loss'?\n"
+
+
+def test_the_options_of_a_name_end_with_the_keys_of_its_table(cli: Callable[..., Done]) -> None:
+    out = cli("plugins", "dkd").out
+    keys = re.findall(r"^│ (\w+) ", out, re.M)
+    assert keys[-5:] == ["beta", "name", "weight", "warmup_epochs", "schedule"]
+    assert "The last 4 are keys of its table" in out
+
+
 def test_observers_are_listed(install: Callable[..., Path], cli: Callable[..., Done]) -> None:
     install("nosy", "import kdcore\n@kdcore.hookimpl\ndef kdcore_log_line(step):\n    pass")
     assert re.search(r"observer *│ nosy \(nosy-dist 1\.0\) *│ kdcore_log_line", cli("plugins").out)

@@ -371,7 +371,7 @@ def test_another_model_than_the_files_leaves_no_file(mlp, tmp_path, cli):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (MLP, "--mean: missing. Write what mlp was trained on, e.g. 0.5, or 0 without one."),
+        (MLP, "--mean, --std: missing. Write what mlp was trained on, e.g. --mean 0.5 (0 without one), --std 0.25"),
         ([*MLP, "--mean", "x", "--std", "1"], "--mean: 'x' is not numbers. Write --mean 0.5 or 0.49,0.48,0.45."),
         ([*MLP, "--mean", "0", "--std", "0"], "those of std above 0"),
         ([*MLP[:5], "8x8", *MLP[6:], "--mean", "0", "--std", "1"], "--model.shape[2]: missing"),

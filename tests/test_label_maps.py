@@ -289,7 +289,10 @@ def test_a_map_for_another_number_of_classes_is_refused(tmp_path, stored):
             None,
             r'10 classes, the data are .* of 3 classes. Give .* For .* label_map = { name = "subset", of = 10,',
         ),
-        ({"name": "subset", "of": 12, "classes": [1, 2, 11]}, r"10 classes, the data are 1x8x8 images of 12 classes"),
+        (
+            {"name": "subset", "of": 12, "classes": [1, 2, 11]},
+            r"teacher.label_map.of: 12 classes, but .* 1x8x8 images of 10",
+        ),
     ],
 )
 def test_weights_of_other_classes_offer_a_map(tmp_path, stored, label_map, text):

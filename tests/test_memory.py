@@ -261,7 +261,7 @@ def test_single_samples_are_the_end(tmp_path, host, tight):
     module = tight(train=0)
     with pytest.raises(DeviceError, match=r"out of memory on cpu with batches in 64 pieces: .* Take smaller models"):
         run(tmp_path, host, RETRY, "data.batch_size=64", "train.epochs=1")
-    assert module.FAILED == [64, 32, 16, 8, 4, 2, 1]
+    assert module.FAILED[1:] == [64, 32, 16, 8, 4, 2, 1]  # after the rehearsal, which minds no memory
 
 
 def test_a_step_that_takes_no_pieces_refuses_them(tmp_path, host, tight):
@@ -278,7 +278,7 @@ def test_batch_normalisation_is_cut_into_pairs_at_most_and_warned_of(tmp_path, h
         "student tight-norm normalises by batches, which are 3 times smaller than data.batch_size says: memory ran out"
     )
     assert stage["warnings"] == [text]
-    assert module.FAILED == [7, 4]
+    assert module.FAILED[1:] == [7, 4]  # after the rehearsal
 
 
 def test_strict_takes_no_smaller_batches_for_batch_normalisation(tmp_path, host, tight):

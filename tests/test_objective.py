@@ -220,7 +220,7 @@ def test_two_of_a_loss_without_names_are_told_to_take_some():
         compiled(recipe(ENTROPY, KD, KD))
 
 
-@pytest.mark.parametrize(("taps", "fix"), [({"a": "0", "b": "1"}, "Taps: a, b."), ({}, "It has none; take a model")])
+@pytest.mark.parametrize(("taps", "fix"), [({"a": "0", "b": "1"}, "It has a, b."), ({}, "It has none: take a model")])
 def test_a_tap_that_is_not_there_is_told_what_is(taps, fix):
     module = nn.Identity()
     module.taps = taps

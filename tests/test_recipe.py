@@ -140,6 +140,12 @@ def test_model_of_a_strategy_is_named_by_its_key(host: PluginHost) -> None:
         ({"data": {"name": "digit"}}, "data.name: unknown data set 'digit'. Did you mean 'digits'?"),
         ({"student": {"model": "mpl"}}, "student.model: unknown model 'mpl'. Did you mean 'mlp'?"),
         ({"student": {"model": "vison/mlp"}}, "student.model: unknown model 'vison/mlp'. Did you mean 'vision/mlp'?"),
+        ({"student": "resnet8x4"}, "student.model: unknown model 'resnet8x4'. Did you mean 'cifar_resnet8x4'?"),
+        ({"student": {"model": "cifar_resnet8", "size": 3}}, "student.size: unknown key. Known: weights."),
+        (
+            {"objective": [{"loss": "attention"}]},
+            "objective[0].loss: unknown loss 'attention'. 'attention' is an adapter, not a loss.",
+        ),
         ({"objective": [{"loss": "dkk"}]}, "objective[0].loss: unknown loss 'dkk'. Did you mean 'dkd'?"),
         ({"train": {"optimizer": "adm"}}, "train.optimizer.name: unknown optimizer 'adm'. Did you mean 'adamw'?"),
         ({"train": {"schedule": "cosin"}}, "train.schedule.name: unknown schedule 'cosin'. Did you mean 'cosine'?"),
@@ -150,6 +156,15 @@ def test_model_of_a_strategy_is_named_by_its_key(host: PluginHost) -> None:
 )
 def test_unknown_name_gets_a_did_you_mean(host: PluginHost, change: dict[str, Any], text: str) -> None:
     assert fault(host, change) == text
+
+
+def test_named_taps_are_as_many_on_both_sides_and_one_needs_no_list(host: PluginHost) -> None:
+    two = {"loss": "fitnet", "student": ["stage1", "stage2"]}
+    says = "objective[0]: does not fit: the student's taps are stage1, stage2, the teacher's are stage2: they"
+    assert fault(host, {"objective": [two]}).startswith(says)
+    check({**BASE, "objective": [{**two, "teacher": ["stage?"]}]}, host)  # a pattern pairs from the deepest on
+    view, _ = check({**BASE, "objective": [{"loss": "fitnet", "student": "stage1"}]}, host)
+    assert view.objective[0].options["student"] == ["stage1"]
 
 
 def test_name_of_another_kind_is_told_apart(host: PluginHost) -> None:

@@ -194,7 +194,7 @@ def test_a_batch_of_one_with_class_normalisation_is_refused_before_the_first_ste
     run = make_run(tmp_path, sets=sets)
     with pytest.raises(DataError, match=r"data.batch_size: a batch of 1 is too small for loss 'core/kd'"):
         run.execute()
-    assert [record["name"] for record in run.journal.of("start")] == ["mlp-2 on labels"]
+    assert not list(run.journal.of("start"))
 
 
 def test_a_ragged_batch_of_one_with_class_normalisation_is_refused(tmp_path):

@@ -176,6 +176,8 @@ def test_a_node_says_how_far_its_model_is():
     assert "waiting" in shown(grown(*script))
     script += [started(DIRECT), ticked(DIRECT, 3, 0.9)]
     assert "epoch 3/10" in shown(grown(*script))
+    within = {"kind": "log", "key": script[-1]["key"], "done": 3.44}
+    assert "epoch 3.4/10" in shown(grown(*script, within))
     assert "90.00" in shown(grown(*script))
     script += [decided(DIRECT, 4), ticked(DIRECT, 5, 0.91)]
     row = shown(grown(*script)).splitlines()[3].split()

@@ -159,7 +159,7 @@ def plan(
     plugin_file: Files = None,
     block: Block = None,
 ) -> None:
-    """Print the stages of a recipe with their cost; run nothing."""
+    """Print the stages of a recipe with their cost, and try it on a few samples; train nothing."""
     from .drive import show_plan
 
     host = load_host(_blocked(block), plugin_file or [])
@@ -168,18 +168,21 @@ def plan(
 
 
 def plugins(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="show the options of this name")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="show the options of this name, or what this plugin offers")
+    ] = None,
+    kind: Annotated[str | None, typer.Option("--kind", metavar="KIND", help="list one kind alone, e.g. loss")] = None,
     plugin_file: Files = None,
     block: Block = None,
 ) -> None:
     """List what every plugin offers, and the broken ones with the reason; or the options of one name."""
-    from .listing import show, show_options
+    from .listing import show, show_name
 
     host = load_plugins(_blocked(block), plugin_file or ())
     if name is None:
-        show(host)
+        show(host, kind)
     else:
-        show_options(host, name)
+        show_name(host, name, kind)
 
 
 def new_plugin(

@@ -18,6 +18,7 @@ from ..report.formats import counted
 from .tree import choice_text
 
 PLAIN_SECONDS = 5.0
+SILENT_SECONDS = 20.0  # after which a line says how far an epoch is
 ASCII = str.maketrans({"±": "+-", "├": "|", "└": "`", "─": "-", "│": "|"})
 
 
@@ -35,13 +36,15 @@ class RunConsole:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[tick]}/{task.total:.0f}"),
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
             console=self.console,
         )
         self.tasks: dict[str, TaskID] = {}
         self.speed: dict[str, float] = {}
+        self.found: dict[str, str] = {}
+        self.said = time.monotonic()
         self.printed: dict[str, float] = {}
         self.asked: dict[str, Any] = {}
         self.stops: set[tuple[Any, ...]] = set()
@@ -63,6 +66,7 @@ class RunConsole:
                 show(event)
 
     def _print(self, text: str, style: str = "") -> None:
+        self.said = time.monotonic()
         text = plain(text, self.console.options.ascii_only)
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -87,18 +91,29 @@ class RunConsole:
         if self.live:
             if event["key"] in self.tasks:  # another try
                 self.progress.remove_task(self.tasks[event["key"]])
-            task = self.progress.add_task(event["name"], total=event["ticks"], completed=event["tick"], text=resumed)
-            self.tasks[event["key"]] = task
+            at = {"completed": event["tick"], "tick": event["tick"]}
+            self.tasks[event["key"]] = self.progress.add_task(event["name"], total=event["ticks"], text=resumed, **at)
         else:
             self._print(f"{event['name']}: {counted(event['ticks'], 'epoch')}{resumed}")
 
     def _log(self, event: Event) -> None:
-        self.speed[event["key"]] = event["metrics"]["images_per_second"]
+        """How far an epoch is, on a terminal; elsewhere where nothing else was said for a while."""
+        key, done = event["key"], event["done"]
+        self.speed[key] = event["metrics"]["images_per_second"]
+        if key in self.tasks:
+            self.progress.update(self.tasks[key], completed=done, text=self._state(key))
+        elif done % 1 and not self.live and time.monotonic() - self.said > SILENT_SECONDS:
+            epoch = f"epoch {int(done) + 1}/{event['ticks']}, {done % 1:.0%} of it"
+            self._print(f"{event['name']}: {epoch}, {self.speed[key]:,.0f} img/s")
+
+    def _state(self, key: str) -> str:
+        return f"{self.found.get(key, '')}  {self.speed.get(key, 0):,.0f} img/s"
 
     def _tick(self, event: Event) -> None:
-        text = f"{_metrics(event['metrics'])}  {self.speed.get(event['key'], 0):,.0f} img/s"
+        self.found[event["key"]] = _metrics(event["metrics"])
+        text = self._state(event["key"])
         if self.live:
-            self.progress.update(self.tasks[event["key"]], completed=event["tick"], text=text)
+            self.progress.update(self.tasks[event["key"]], completed=event["tick"], tick=event["tick"], text=text)
         elif time.monotonic() - self.printed.get(event["key"], 0.0) > PLAIN_SECONDS:
             self.printed[event["key"]] = time.monotonic()
             self._print(f"{event['name']}: {event['tick']}/{event['ticks']}  {text}")

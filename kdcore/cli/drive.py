@@ -18,6 +18,7 @@ from ..errors import PlanError
 from ..journal import Journal
 from ..keys import Keys, in_order
 from ..measure import Measure
+from ..named import Names
 from ..options import Field, Plain
 from ..plan import Choice, MemberResult, Plan, Result, Spec, Stage
 from ..plugins import PluginHost
@@ -143,21 +144,30 @@ def catch_signals(
 
 
 def show_plan(source: Path, sets: list[str], host: PluginHost, root: Path, store: Path | None) -> None:
-    """Prints what a run would train, under the assumption that all results are equal."""
+    """Prints what a run would train, under the assumption that all results are equal.
+
+    Raises:
+        KdError: what the run would raise before its first stage.
+    """
     recipe = check(source, sets, host)
+    from ..training.rehearsal import rehearse  # which imports torch
+
     settings = make_settings(recipe, store or root / "store", recipe.execute.jobs)
     context = make_context(host)
     keys = Keys(host.catalog, recipe.seed, settings, lambda spec: str(context.load(spec).fingerprint))
     table = Table("stage", "members", "length", "cost", "stored")
     view, strategy = compile_recipe(recipe, host.catalog)
     measure = Measure(host.catalog, context.load, view.data)
-    view, total = dataclasses.replace(view, measure=measure.model, estimate=measure.stage), 0
-    for stage in in_order(planned(start(strategy, view, host), strategy, measure.stage), keys):
+    names = Names(recipe, dataclasses.replace(view, measure=measure.model, estimate=measure.stage))
+    total, trains = 0, False
+    for stage in in_order(planned(start(strategy, names.noted(), host), strategy, measure.stage), keys):
         cost = measure.stage(stage)
         stored = Store(settings.store).result(keys.of(stage)) is not None
-        total += 0 if stored else cost
+        total, trains = total + (0 if stored else cost), trains or not stored
         members = ", ".join(f"{name} {member.model}" for name, member in stage.members.items())
         table.add_row(stage.name, members, str(stage.length), flops(cost), "yes" if stored else "")
+    if trains:
+        rehearse(names, host.catalog, context.load(view.data), Store(settings.store), settings)
     console = Console()
     console.print(table)
     console.print(f"to train: {flops(total)} (convolutions and matrix products; no stop is assumed)")

@@ -12,7 +12,7 @@ from ..options import validate
 from ..overrides import override
 from ..plugins import PluginHost
 
-EXAMPLES = {"shape": "3x32x32", "classes": "10", "mean": "0.5, or 0 without one", "std": "0.25, or 1 without one"}
+EXAMPLES = {"shape": "3x32x32", "classes": "10", "mean": "0.5 (0 without one)", "std": "0.25 (1 without one)"}
 
 
 def export_model(
@@ -83,9 +83,9 @@ def convert_file(
 
 
 def _card(host: PluginHost, name: str, sets: list[str], images: dict[str, Any]) -> Card:
-    for key, example in EXAMPLES.items():
-        if images[key] is None:
-            raise RecipeError("missing", where=f"--{key}", fix=f"Write what {name} was trained on, e.g. {example}.")
+    if missing := {f"--{key}": example for key, example in EXAMPLES.items() if images[key] is None}:
+        words = ", ".join(f"{option} {example}" for option, example in missing.items())
+        raise RecipeError("missing", where=", ".join(missing), fix=f"Write what {name} was trained on, e.g. {words}.")
     entry = host.catalog.find("model", name, "--model")
     shape = _numbers(images["shape"].replace("x", ","), int, "--shape", "3x32x32")
     mean, std = (_numbers(images[key], float, f"--{key}", "0.5 or 0.49,0.48,0.45") for key in ("mean", "std"))

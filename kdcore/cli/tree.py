@@ -28,7 +28,7 @@ class Learner:
     Args:
         seed: of its stage.
         state: of its stage.
-        tick: ticks that are over.
+        tick: ticks that are over, with the part of the one that goes on.
         ticks: of the whole stage; 0 while that is not known.
         unit: what a tick is called.
         accuracy: share of the monitor split: at the latest tick, in the end of the delivered weights; None if unknown.
@@ -38,7 +38,7 @@ class Learner:
 
     seed: int
     state: State
-    tick: int
+    tick: float
     ticks: int
     unit: str
     accuracy: float | None
@@ -90,7 +90,7 @@ class _Stage:
 
     about: Mapping[str, Any]
     state: State = "waiting"
-    tick: int = 0
+    tick: float = 0
     ticks: int = 0
     every: int | str = "epoch"
     accuracy: Mapping[str, float | None] = field(default_factory=dict)
@@ -205,6 +205,8 @@ def _later(stage: _Stage, event: Event) -> _Stage:
             stage, state="running", tick=event["tick"], ticks=event["ticks"], every=event["every"],
             events=tuple(event["events"]),
         )  # fmt: skip
+    if kind == "log":
+        return replace(stage, tick=event["done"])
     if kind == "tick":
         accuracy = {**stage.accuracy, **{name: row.get("accuracy") for name, row in event["metrics"].items()}}
         return replace(stage, tick=event["tick"], ticks=event["ticks"], accuracy=accuracy)

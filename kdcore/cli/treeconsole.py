@@ -81,9 +81,9 @@ class TreeConsole(RunConsole):
             super().handle(event)
             return
         self.growth.add(event)
-        if self.live and event["kind"] != "log":
+        if self.live:
             self.display.update(TreeView(self.growth.tree()))
-        elif event["kind"] == "choice":
+        elif event["kind"] in ("choice", "log"):
             super().handle(event)
         elif event["kind"] == "stage_finished":
             self._say_finished(event["key"])
@@ -189,6 +189,10 @@ def _pruned(nodes: Sequence[Node]) -> tuple[Node, ...]:
     return tuple(node for node in kept if node.is_best or node.children or not node.is_done)
 
 
+def _tick(learner: Learner) -> str:
+    return f"{learner.tick:.1f}".removesuffix(".0")
+
+
 def _state(node: Node) -> str:
     """``waiting``, ``epoch 3/30``, ``1/2 seeds done, epoch 3/30``, ``done``, ``reused``."""
     if node.is_done:
@@ -197,7 +201,7 @@ def _state(node: Node) -> str:
     done = sum(learner.is_done for learner in learners)
     running = [learner for learner in learners if learner.state == "running"]
     seeds = f"{done}/{len(learners)} seeds done" if len(learners) > 1 and (done or running) else ""
-    ticks = f"{running[0].unit} {', '.join(str(r.tick) for r in running)}/{running[0].ticks}" if running else ""
+    ticks = f"{running[0].unit} {', '.join(_tick(r) for r in running)}/{running[0].ticks}" if running else ""
     return ", ".join(filter(None, [seeds, ticks])) or "waiting"
 
 

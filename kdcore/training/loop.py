@@ -183,7 +183,8 @@ def _log(session: Session, clock: Clock) -> None:
     means = session.meters.flush(session.stage.name, partial(diverge, session))
     session.stopwatch.settle()
     speed = clock.speed()
-    session.emit({"kind": "log", "step": session.step, "metrics": {**means, "images_per_second": speed}})
+    place = {"step": session.step, "ticks": session.ticks, "done": session.step / session.steps_per_tick}
+    session.emit({"kind": "log", **place, "metrics": {**means, "images_per_second": speed}})
 
 
 def _tick(session: Session, clock: Clock) -> None:

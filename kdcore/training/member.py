@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -27,6 +28,10 @@ from ..seeds import derive
 from .mapped import Mapped
 
 Sizes: TypeAlias = Mapping[str, tuple[int, ...]]
+NO_TAPS = (
+    "It has none: take a model with taps, or a loss on logits; "
+    'a module of your own gets some by module.taps = {"stage2": "name.of.submodule"}.'
+)
 
 
 @dataclass
@@ -85,19 +90,36 @@ class Learner:
             parameter.requires_grad_(trained)
 
 
-def tap_names(module: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
+def tap_names(module: nn.Module, patterns: Iterable[str], who: str = "", key: str = "") -> tuple[str, ...]:
     """The module's taps that fit one of the names, in its own order.
+
+    Args:
+        module: whose ``taps`` is the table from names to submodules.
+        patterns: names, or patterns as of file names.
+        who: what an error calls the module; default: its class.
+        key: the option that holds the patterns, if one does.
 
     Raises:
         PlanError: none fits one of them; lists the taps that there are.
     """
-    taps = getattr(module, "taps", {})
+    taps: Mapping[str, str] = getattr(module, "taps", {})
     wanted = tuple(patterns)
     for pattern in wanted:
-        if not any(fnmatchcase(name, pattern) for name in taps):
-            fix = f"Taps: {', '.join(taps)}." if taps else "It has none; take a model with taps, or a loss on logits."
-            raise PlanError(f"no tap {pattern!r}", where=type(module).__name__, fix=fix)
+        if not _fits(pattern, taps):
+            fix = f"It has {', '.join(taps)}{_instead(taps, wanted, key)}." if taps else NO_TAPS
+            raise PlanError(f"{who or type(module).__name__} has no tap {pattern!r}", fix=fix)
     return tuple(name for name in taps if any(fnmatchcase(name, pattern) for pattern in wanted))
+
+
+def _fits(pattern: str, taps: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in taps)
+
+
+def _instead(taps: Mapping[str, str], wanted: Iterable[str], key: str) -> str:
+    """What to write in the recipe: the stages, or else the deepest tap, for patterns that nothing fits."""
+    other = "stage?" if _fits("stage?", taps) else list(taps)[-1]
+    names = list(dict.fromkeys(pattern if _fits(pattern, taps) else other for pattern in wanted))
+    return f": write {key} = {json.dumps(names)}" if key else ""
 
 
 class Tapped:

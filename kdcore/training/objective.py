@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from ..data import Batch
-from ..errors import PluginError
+from ..errors import KdError, PluginError
 from ..losses.terms import CrossEntropy
 from ..outputs import Outputs
 from .member import LiveTerm
@@ -56,14 +56,19 @@ def _fused(
     record: Callable[[str, Tensor], None],
 ) -> Tensor:
     total: Tensor
-    total, parts = term.module.with_cross_entropy(  # type: ignore[operator]
-        own,
-        source_of(term, others),
-        batch,
-        weight=term.weight,
-        ce_weight=entropy.weight,
-        label_smoothing=entropy.module.label_smoothing,
-    )
+    source = source_of(term, others)
+    try:
+        total, parts = term.module.with_cross_entropy(  # type: ignore[operator]
+            own,
+            source,
+            batch,
+            weight=term.weight,
+            ce_weight=entropy.weight,
+            label_smoothing=entropy.module.label_smoothing,
+        )
+    except Exception as error:
+        _note_shapes(error, term, own, source)
+        raise
     record(entropy.label, parts["ce"])
     record(term.label, parts["kd"])
     return total
@@ -75,13 +80,30 @@ def single_loss(term: LiveTerm, own: Outputs, others: Mapping[str, Outputs], bat
     Raises:
         PluginError: the loss gave something else.
     """
-    value = term.module(own, source_of(term, others), batch)
+    source = source_of(term, others)
+    try:
+        value = term.module(own, source, batch)
+    except Exception as error:
+        _note_shapes(error, term, own, source)
+        raise
     if isinstance(value, dict):
         value = sum(value.values())
     if not isinstance(value, Tensor) or value.ndim:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise PluginError(f"gave {shape}", where=f"loss {term.spec.loss!r}", fix="It must return a 0-d tensor.")
     return value
+
+
+def _note_shapes(error: Exception, term: LiveTerm, own: Outputs, source: Outputs | None) -> None:
+    """Says what a loss was given that raised."""
+    given = f"student: {_shapes(own)}" + (f"; teacher: {_shapes(source)}" if source is not None else "")
+    if not isinstance(error, KdError):
+        error.add_note(f"loss {term.spec.loss!r} was given {given}")
+
+
+def _shapes(outputs: Outputs) -> str:
+    named = {"logits": outputs.logits, **outputs.taps}
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in named.items())
 
 
 def source_of(term: LiveTerm, others: Mapping[str, Outputs]) -> Outputs | None:

@@ -63,7 +63,9 @@ def _judge(session: Session, teacher: Learner, inputs: Mapping[str, Any], contro
     error = math.sqrt(chance * (1 - chance) / len(session.splits.monitor))
     name = f"{teacher.name} {teacher.spec.model}"
     if accuracy <= chance + 2 * error:
-        return [f"{name} is at chance: {accuracy:.2%} on the monitor split, the largest class alone gives {chance:.2%}"]
+        images = len(session.splits.monitor)
+        told = f"{accuracy:.2%} on the monitor split is not distinguishable from the largest class alone"
+        return [f"{name} is at chance: {told} ({chance:.2%}) on {images} images"]
     if control is not None and accuracy <= control:
         return [f"{name} has {accuracy:.2%} on the monitor split, not above the label-only control's {control:.2%}"]
     return []

@@ -13,7 +13,8 @@ from ..codec import decode
 from ..data import Batch, Source, SourceContext, Split, Splits
 from ..data.source import eval_batches
 from ..errors import DataError, PlanError
-from ..job import Emit, Job
+from ..job import Emit, Job, Settings
+from ..options import Options
 from ..origin import blame
 from ..outputs import Shapes
 from ..plan import BASE_METRICS, Json, ResultRef, Spec, Stage, Term, check_stage
@@ -165,8 +166,8 @@ def open_session(
     check_stage(stage)
     device = devices.resolve(job.settings.device)
     splits = splits.to(device)
-    learners = _build_models(stage, job, catalog, store, splits, device)
-    _build_terms(stage, learners, catalog, splits)
+    learners = build_models(stage, job.settings, catalog, store, splits, device)
+    build_terms(stage, learners, catalog, splits)
     for learner in learners.values():
         _build_optimizer(stage, learner, catalog)
     source, transforms = _build_source(stage, catalog, splits, device, learners, job.settings.workers)
@@ -182,22 +183,24 @@ def open_session(
     )  # fmt: skip
 
 
-def _build_models(
-    stage: Stage, job: Job, catalog: Catalog, store: Store, splits: Splits, device: torch.device
+def build_models(
+    stage: Stage, settings: Settings, catalog: Catalog, store: Store, splits: Splits, device: torch.device
 ) -> dict[str, Learner]:
+    """The members of a stage with their initial weights, without terms."""
     learners = {}
     for name, member in stage.members.items():
         assert stage.seed is not None
         module = build_model(member.model, catalog, splits.info, stage.seed)
         if isinstance(member.init, ResultRef):
             load_weights(module, store.weights(str(member.init.stage), member.init.member), f"member {name!r}")
-        layout = torch.channels_last if job.settings.channels_last else torch.contiguous_format
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         module = module.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         learners[name] = Learner(name, member, module)
     return learners
 
 
-def _build_terms(stage: Stage, learners: Mapping[str, Learner], catalog: Catalog, splits: Splits) -> None:
+def build_terms(stage: Stage, learners: Mapping[str, Learner], catalog: Catalog, splits: Splits) -> None:
+    """Finds the taps that the learners' terms ask for, and builds the terms for their shapes."""
     asked = {
         name: [_taps(term, learner, learners, catalog) for term in learner.spec.terms]
         for name, learner in learners.items()
@@ -233,9 +236,15 @@ def _taps(
     cls = entry.load()
     if "taps" not in cls.needs:
         return (), ()
-    own, other = cls.taps(entry.options_class()(**term.options))
-    teacher = () if term.source is None else tap_names(learners[term.source].module, other)
-    return tap_names(learner.module, own), teacher
+    options = entry.options_class()(**term.options)
+    own, other = cls.taps(options)
+    student = _fitting(learner, own, options, "student")
+    return student, () if term.source is None else _fitting(learners[term.source], other, options, "teacher")
+
+
+def _fitting(learner: Learner, patterns: Iterable[str], options: Options, key: str) -> tuple[str, ...]:
+    key = key if hasattr(options, key) else ""  # a loss may fix its taps
+    return tap_names(learner.module, patterns, f"{learner.name} {learner.spec.model}", key)
 
 
 def _asked_of(name: str, learners: Mapping[str, Learner], asked: Mapping[str, list[Any]]) -> set[str]:
@@ -321,7 +330,7 @@ def _build_source(
         if source.steps_per_epoch < 1:
             fix = "Give the stage a tick and a length in steps."
             raise PlanError(f"source {spec.source.name!r} has no epochs", where=f"stage {stage.name!r}", fix=fix)
-        _check_batches(stage, splits, learners)
+        check_batches(stage, splits, learners)
     return source, transforms
 
 
@@ -332,14 +341,20 @@ def _constructed(kind: str, spec: Spec, catalog: Catalog, *arguments: Any) -> An
         return entry.load()(entry.options_class()(**spec.options), *arguments)
 
 
-def _check_batches(stage: Stage, splits: Splits, learners: Mapping[str, Learner]) -> None:
-    size, total = stage.data.batch_size, len(splits.train)
-    smallest = size if stage.data.drop_last else (total % size or size)
+def check_batches(stage: Stage, splits: Splits, learners: Mapping[str, Learner]) -> None:
+    """Refuses losses that look across more samples than the smallest batch has."""
+    smallest = smallest_batch(stage, splits)
     for learner in learners.values():
         for term in learner.terms:
             if smallest < getattr(term.module, "min_batch", 1):
                 problem = f"a batch of {smallest} is too small for loss {term.spec.loss!r}, which looks across samples"
                 raise DataError(problem, where="data.batch_size", fix="Use at least 2, and drop_last = true.")
+
+
+def smallest_batch(stage: Stage, splits: Splits) -> int:
+    """Samples of an epoch's smallest batch."""
+    size, total = stage.data.batch_size, len(splits.train)
+    return size if stage.data.drop_last else (total % size or size)
 
 
 def _probe(stage: Stage, splits: Splits, device: torch.device) -> Batch:

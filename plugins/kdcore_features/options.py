@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
+
+from pydantic import BeforeValidator, model_validator
 
 from kdcore import Field, Options
 
@@ -15,14 +17,33 @@ TAPS = 'a list of taps such as ["stage?"] or ["stage2", "stage3"]'
 STAGES = "stage*[0-9]"  # also stage10, which "stage?" is not; not stage1_pre
 BEFORE_ACTIVATION = "stage*_pre"
 STEM_AND_STAGES = "st*[m0-9]"  # a stem, where a model has one
+WILD = set("*?[")  # a name with one of these is a pattern
 VARIANT = '"public" (the form of published tables) or "paper"'
 
 
-class TapOptions(Options):
-    """Which features are compared, from the deepest stage on, one by one."""
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
-    student: tuple[str, ...] = Field((STAGES,), min_length=1, description=TAPS)
-    teacher: tuple[str, ...] = Field((STAGES,), min_length=1, description=TAPS)
+
+Taps: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1, description=TAPS)]
+
+
+class TapOptions(Options):
+    """Which features are compared, from the deepest stage on, one by one; named ones must be as many on both sides."""
+
+    student: Taps = (STAGES,)
+    teacher: Taps = (STAGES,)
+
+    @model_validator(mode="after")
+    def _pair(self) -> Self:
+        named = not any(WILD & set(tap) for tap in (*self.student, *self.teacher))
+        if named and len(self.student) != len(self.teacher):
+            student, teacher = (", ".join(taps) for taps in (self.student, self.teacher))
+            raise ValueError(
+                f"the student's taps are {student}, the teacher's are {teacher}: they are compared one by one. "
+                "Name as many of both; a side that the recipe leaves out has its default."
+            )
+        return self
 
 
 class CRDOptions(Options):
@@ -35,20 +56,20 @@ class CRDOptions(Options):
 
 
 class OFDOptions(TapOptions):
-    student: tuple[str, ...] = Field((BEFORE_ACTIVATION,), min_length=1, description=TAPS)
-    teacher: tuple[str, ...] = Field((BEFORE_ACTIVATION,), min_length=1, description=TAPS)
+    student: Taps = (BEFORE_ACTIVATION,)
+    teacher: Taps = (BEFORE_ACTIVATION,)
 
 
 class ReviewKDOptions(TapOptions):
-    student: tuple[str, ...] = Field((STAGES, "pooled"), min_length=1, description=TAPS)
-    teacher: tuple[str, ...] = Field((BEFORE_ACTIVATION, "pooled"), min_length=1, description=TAPS)
+    student: Taps = (STAGES, "pooled")
+    teacher: Taps = (BEFORE_ACTIVATION, "pooled")
 
 
 class PooledOptions(TapOptions):
     """Which features are compared: the vectors before the heads, unless it says otherwise."""
 
-    student: tuple[str, ...] = Field(("pooled",), min_length=1, description=TAPS)
-    teacher: tuple[str, ...] = Field(("pooled",), min_length=1, description=TAPS)
+    student: Taps = ("pooled",)
+    teacher: Taps = ("pooled",)
 
 
 class ATOptions(TapOptions):
@@ -129,8 +150,8 @@ class AdapterOptions(TapOptions):
 
 
 class FitNetOptions(AdapterOptions):
-    student: tuple[str, ...] = Field(("stage2",), min_length=1, description=TAPS)
-    teacher: tuple[str, ...] = Field(("stage2",), min_length=1, description=TAPS)
+    student: Taps = ("stage2",)
+    teacher: Taps = ("stage2",)
     variant: Variant = Field("public", description=VARIANT)
 
 
@@ -140,8 +161,8 @@ class VIDOptions(AdapterOptions):
 
 
 class ABOptions(AdapterOptions):
-    student: tuple[str, ...] = Field((BEFORE_ACTIVATION,), min_length=1, description=TAPS)
-    teacher: tuple[str, ...] = Field((BEFORE_ACTIVATION,), min_length=1, description=TAPS)
+    student: Taps = (BEFORE_ACTIVATION,)
+    teacher: Taps = (BEFORE_ACTIVATION,)
     margin: float = Field(1.0, ge=0, description="the margin, at least 0")
 
 
@@ -154,8 +175,8 @@ class FTOptions(TapOptions):
 
 
 class FSPOptions(TapOptions):
-    student: tuple[str, ...] = Field((STEM_AND_STAGES,), min_length=1, description=TAPS)
-    teacher: tuple[str, ...] = Field((STEM_AND_STAGES,), min_length=1, description=TAPS)
+    student: Taps = (STEM_AND_STAGES,)
+    teacher: Taps = (STEM_AND_STAGES,)
 
 
 class KDSVDOptions(TapOptions):
