@@ -111,10 +111,12 @@ def _holds(name: str, word: str) -> bool:
 def suggest(word: str, known: Iterable[str]) -> str:
     """Says what may have been meant: ``did you mean 'x'?`` or the known names."""
     names = sorted(set(known))
-    longer = [name for name in names if name.endswith(f"_{word}")] or [name for name in names if _holds(name, word)]
-    if longer:
-        return f"Did you mean {min(longer, key=len)!r}?"
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if close:
-        return f"Did you mean {close[0]!r}?"
+    for fitting in (
+        difflib.get_close_matches(word, names, n=1, cutoff=0.85),  # a slip of a letter
+        sorted((name for name in names if name.endswith(f"_{word}")), key=len),
+        sorted((name for name in names if _holds(name, word)), key=len),
+        difflib.get_close_matches(word, names, n=1, cutoff=0.6),
+    ):
+        if fitting:
+            return f"Did you mean {fitting[0]!r}?"
     return f"Known: {', '.join(names)}." if names else "None is registered."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .codec import canonical, decode, encode
-from .errors import Interrupted, PluginError
+from .errors import DataError, Interrupted, PluginError
 from .job import Emit, Job
 from .keys import code_of
 from .options import Options
@@ -87,19 +87,20 @@ def perform(job: Job, context: Context, emit: Emit) -> dict[str, Any]:
         found = store.result(job.key)
         if found is not None:
             return {**check_stored(found, job.key), "reused": True}
-        _check_code(job, context.catalog)
+        _check_unchanged(job, context)
         return run_stage(job, context.catalog, context.load, store, send, context.stopped)
 
 
-def _check_code(job: Job, catalog: Catalog) -> None:
-    """Refuses a job whose plugins were edited since its key was made: the result would lie under the old code."""
-    now = code_of(decode(job.name, job.stage), catalog)
-    changed = [code["plugin"] for code in now if code not in job.code]
+def _check_unchanged(job: Job, context: Context) -> None:
+    """Refuses a job whose plugins or data were edited since its key was made: its result would lie under that key."""
+    stage, where = decode(job.name, job.stage), f"stage {job.name!r}"
+    changed = [code["plugin"] for code in code_of(stage, context.catalog) if code not in job.code]
     if changed:
         fix = "Run the same command again: it takes the new code."
-        raise PluginError(
-            f"plugin {changed[0]!r} was edited while the run went on", where=f"stage {job.name!r}", fix=fix
-        )
+        raise PluginError(f"plugin {changed[0]!r} was edited while the run went on", where=where, fix=fix)
+    if job.data and job.data != context.load(stage.data).fingerprint:
+        fix = "Run the same command again: it takes the data as they are now."
+        raise DataError("its data changed while the run went on", where=where, fix=fix)
 
 
 class LocalExecutor:

@@ -56,6 +56,7 @@ class Job:
         needs: keys whose results must be in the store before it starts.
         code: of the plugins that it names, as the key holds it; a process that finds another refuses the job.
         settings: how to execute it.
+        data: fingerprint of its data, as the key holds it; a process that finds others refuses the job.
     """
 
     key: str
@@ -64,6 +65,7 @@ class Job:
     needs: tuple[str, ...]
     code: Json
     settings: Settings
+    data: str = ""
 
     def to_text(self) -> str:
         """One line of JSON."""

@@ -57,7 +57,8 @@ class Keys:
     def job(self, stage: Stage) -> Job:
         """The stage as an executor gets it."""
         needs = tuple(dict.fromkeys(self.of(ref.stage) for ref in stage.inputs() if isinstance(ref.stage, Stage)))
-        return Job(self.of(stage), stage.name, self._encoded(stage), needs, self._code(stage), self.settings)
+        data = self.fingerprint(stage.data)
+        return Job(self.of(stage), stage.name, self._encoded(stage), needs, self._code(stage), self.settings, data)
 
     def _encoded(self, stage: Stage) -> dict[str, Any]:
         return {"seed": self.seed, **encode(stage, self.of)}
@@ -85,6 +86,7 @@ def code_of(stage: Stage, catalog: Catalog) -> Json:
 def names(stage: Stage, catalog: Catalog) -> Iterator[tuple[str, str]]:
     """(kind, name) of everything whose code can change what a stage trains."""
     yield "step", stage.step.name
+    yield "dataset", stage.data.dataset.name  # which may read pixels while a stage trains
     yield "source", stage.data.source.name
     yield from (("transform", spec.name) for spec in every(stage.data.transforms, catalog))
     for spec in stage.controllers:

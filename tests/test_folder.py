@@ -27,6 +27,7 @@ from kdcore.data.options import ImageFolderOptions
 from kdcore.data.source import EpochSource, SourceContext, eval_batches
 from kdcore.data.types import Splits
 from kdcore.errors import DataError, DeviceError, PluginError, RecipeError
+from kdcore.keys import names
 from kdcore.options import Options
 from kdcore.plugins import load_plugins
 from kdcore.recipe import compile_recipe, load
@@ -418,6 +419,19 @@ def kdcore_register(registry):
 """
 
 
+def test_a_folder_that_changes_before_a_stage_begins_is_refused(root, tmp_path):
+    made = make_run(tmp_path, recipe=recipe_of(root))
+    made.keys.fingerprint = lambda spec: "before"
+    with pytest.raises(DataError, match=r"its data changed while the run went on\. Run the same command again"):
+        made.execute()
+
+
+def test_the_code_of_a_data_set_counts_in_a_key(root, tmp_path):
+    made = make_run(tmp_path, recipe=recipe_of(root))
+    stage = made.view.label_only("teacher", made.view.teacher)
+    assert ("dataset", "core/imagefolder") in names(stage, made.host.catalog)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_a_run_that_is_ended(root, tmp_path, number):
@@ -427,12 +441,14 @@ def test_workers_end_with_a_run_that_is_ended(root, tmp_path, number):
     tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     wait_until(lambda: len(tasks.read_text().split()) >= 2)
     workers = tasks.read_text().split()
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
+    if number != signal.SIGKILL:
+        os.killpg(process.pid, number)  # as a terminal or a scheduler does
     else:
         process.send_signal(number)
     assert process.wait() != 0
     wait_until(lambda: not any(map(runs, workers)))
+    if number != signal.SIGKILL:
+        assert list(tmp_path.glob("store/unfinished/*/ckpt-*"))
 
 
 def runs(process: str) -> bool:

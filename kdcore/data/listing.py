@@ -68,12 +68,12 @@ def list_classes(folder: Path, names: list[str], verify: bool) -> list[Files]:
     Raises:
         DataError: a file or folder cannot be read.
     """
-    store = _cache_file(folder)
-    known = _known(store) if verify else {}
+    store = _cache_file(folder) if verify else None
+    known = {} if store is None else _known(store)
     with _reading(folder), ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda name: _files(folder, name, verify, known), names))
     now = {files.quick: files.content for files in found}
-    if verify and now != known:
+    if store is not None and now != known:
         with suppress(StorageError):  # then they are read again the next time
             replace_file(store, json.dumps(now).encode())
     return found
@@ -95,7 +95,7 @@ def _scan(folder: Path, name: str) -> list[tuple[str, int, int]]:
     while todo:
         here = todo.pop()
         with os.scandir(folder / here) as entries:
-            for entry in entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):  # of two links to a folder the first one counts
                 if entry.name.startswith("."):
                     continue
                 path = f"{here}/{entry.name}"
@@ -137,10 +137,14 @@ def _reading(folder: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- digests that are known
 
 
-def _cache_file(folder: Path) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+def _cache_file(folder: Path) -> Path | None:
+    """Where the digests of a folder lie; None for somebody without a home."""
     name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()
-    return Path(home).expanduser() / "kdcore" / "folders" / f"{name[:32]}.json"
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        return None
+    return home / "kdcore" / "folders" / f"{name[:32]}.json"
 
 
 def _known(path: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ is the same bits for any number of workers, and reading can begin at any step.
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .. import errors
 from ..errors import DeviceError, KdError, PluginError
@@ -25,7 +25,7 @@ Request: TypeAlias = tuple[np.ndarray[Any, Any], int | None]
 """Positions [B], int64, and the epoch whose training view is wanted; None for the evaluation view."""
 
 AHEAD = 2  # batches a worker: one is being read while the other waits
-LOST = "DataLoader worker (pid"  # how torch's message begins when one of its processes died
+LOST = ("DataLoader worker (pid", "unable to allocate shared memory")  # torch's words where a process died, or was to
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Reader(Dataset[Tensor | Failed]):
             self._check(found, len(index))
         except KdError as error:
             return Failed(_public(error), error.what, error.where, error.fix)
-        return found
+        # else the memory is taken in a thread that drops the batch where there is none left, and nobody hears of it
+        return found if get_worker_info() is None else found.share_memory_()  # type: ignore[no-untyped-call]
 
     def _check(self, found: Any, count: int) -> None:
         expected = (count, *self.images.shape[1:])
@@ -105,12 +106,12 @@ def read_batches(reader: Reader, requests: Iterable[Request], workers: int, devi
 
 
 def _settle(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the driver ends its workers in order
+    os.setpgrp()  # signals to a terminal's or scheduler's group reach the driver alone, which ends its workers in order
 
 
 def lost(error: BaseException) -> DeviceError | None:
-    """What a person should read if torch's error says that a worker died; None of any other error."""
-    if LOST not in str(error):
+    """What a person should read if torch's error says that a worker could not go on; None of any other error."""
+    if not any(words in str(error) for words in LOST):
         return None
     fix = "In a container give more shared memory (--shm-size); else lower data.workers or data.batch_size."
     return DeviceError(f"a process that read images died: {error}", where="data.workers", fix=fix)

@@ -28,6 +28,7 @@ from .objective import weighted_loss
 from .session import build_models, build_terms, check_batches, smallest_batch
 
 CPU = torch.device("cpu")
+EPOCHS = "core/epochs"
 FEW = 8
 """Training samples that a rehearsal takes, if no loss looks across more."""
 
@@ -96,6 +97,8 @@ class Room:
         cast = Cast(stage, models, [], {"student": [], "teacher": []})
         built = [(objective, self._build(objective, cast)) for objective in objectives]
         models["student"].terms = [term for _, terms in built for term in terms]
+        if stage.data.source.name != EPOCHS:  # its batches may be of another kind
+            return
         check_batches(stage, self.splits, models)
         batch = self._batch(stage, models["student"].terms)
         own, other = (cast.outputs(name, batch, self.settings.precision) for name in ("student", "teacher"))

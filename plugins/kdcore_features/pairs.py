@@ -23,8 +23,8 @@ def taps(options: TapOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def pairs(shapes: Shapes) -> tuple[Pair, ...]:
     """Taps of the learner and of the source, shallow to deep.
 
-    Where one side has fewer, the other's first ones are left out: a VGG has five stages, a ResNet three or four, and
-    the last ones correspond.
+    Where a pattern finds fewer on one side, the other's first ones are left out: a VGG has five stages, a ResNet three
+    or four, and the last ones correspond. Taps that are named one by one are as many on both sides, by their options.
 
     Raises:
         PlanError: a side has none.
