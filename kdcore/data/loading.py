@@ -7,6 +7,7 @@ is the same bits for any number of workers, and reading can begin at any step.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -24,6 +25,7 @@ from .types import Images
 Request: TypeAlias = tuple[np.ndarray[Any, Any], int | None]
 """Positions [B], int64, and the epoch whose training view is wanted; None for the evaluation view."""
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
 AHEAD = 2  # batches a worker: one is being read while the other waits
 LOST = ("DataLoader worker (pid", "unable to allocate shared memory")  # torch's words where a process died, or was to
 
@@ -99,7 +101,12 @@ def read_batches(reader: Reader, requests: Iterable[Request], workers: int, devi
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else it would draw from the one that dropout draws from
     )
-    for found in loader:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the workers are in a group of their own
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for found in batches:
         if isinstance(found, Failed):
             raise found.error()
         yield found.to(device, non_blocking=True)
@@ -107,6 +114,10 @@ def read_batches(reader: Reader, requests: Iterable[Request], workers: int, devi
 
 def _settle(worker: int) -> None:
     os.setpgrp()  # signals to a terminal's or scheduler's group reach the driver alone, which ends its workers in order
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)  # forgets one that came before
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the driver ends it
 
 
 def lost(error: BaseException) -> DeviceError | None:
