@@ -153,3 +153,9 @@ def test_a_stage_with_a_poisoned_batch_goes_on_from_its_last_checkpoint_when_the
     assert run.console.kinds("stage_started")[0]["step"] == 8
     student = [(root / "run/student.safetensors").read_bytes() for root in (tmp_path, tmp_path / "whole")]
     assert student[0] == student[1]
+
+
+def test_logits_that_overflow_under_finite_weights_end_the_stage_with_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdcore.training.evaluate.F.cross_entropy", lambda *a, **k: torch.tensor(float("nan")))
+    with pytest.raises(NumericError, match=r"member 'teacher': its cross-entropy on the monitor split is nan"):
+        make_run(tmp_path).execute()

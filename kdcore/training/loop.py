@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 from ..codec import decode
 from ..data import Batch, Splits
 from ..data.loading import lost
-from ..errors import Interrupted, PlanError, PluginError, suggest
+from ..errors import Interrupted, NumericError, PlanError, PluginError, suggest
 from ..job import Emit, Job
 from ..plan import Decision, Drop, Finish, Json, Set, TickView
 from ..registry import Catalog
@@ -196,7 +197,9 @@ def _tick(session: Session, clock: Clock) -> None:
     session.tick += 1
     for learner in session.trained:
         learner.still = None
-        learner.curve.append(_measure(session, learner, means, rates[learner.name]))
+        row = _measure(session, learner, means, rates[learner.name])
+        if not learner.diverged:
+            learner.curve.append(row)
     for learner in session.taught_by:
         learner.curve.append(_still(session, learner))
     now = {learner.name: learner.curve[-1] for learner in session.trained}
@@ -223,6 +226,11 @@ def _measure(session: Session, learner: Learner, means: Mapping[str, float], rat
     if not classifies(learner.module):
         return row
     row |= evaluate.accuracy(session, learner.evaluated, session.splits.monitor)
+    if not math.isfinite(row["loss"]):  # its weights are finite, but what it makes of images is not
+        where = f"stage {session.stage.name!r}, step {session.step}, member {learner.name!r}"
+        what = f"its cross-entropy on the monitor split is {row['loss']}"
+        diverge(session, learner.name, NumericError(what, where=where, fix="Lower train.lr or set train.clip."))
+        return row
     row |= evaluate.metrics(session, learner) | evaluate.gradient_shares(session, learner)
     if row["accuracy"] > learner.best[1]:
         learner.best = (session.tick, row["accuracy"])
