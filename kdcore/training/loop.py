@@ -225,11 +225,8 @@ def _measure(session: Session, learner: Learner, means: Mapping[str, float], rat
     row["lr"] = rate
     if not classifies(learner.module):
         return row
-    row |= evaluate.accuracy(session, learner.evaluated, session.splits.monitor)
-    if not math.isfinite(row["loss"]):  # its weights are finite, but what it makes of images is not
-        where = f"stage {session.stage.name!r}, step {session.step}, member {learner.name!r}"
-        what = f"its cross-entropy on the monitor split is {row['loss']}"
-        diverge(session, learner.name, NumericError(what, where=where, fix="Lower train.lr or set train.clip."))
+    row |= _accuracy(session, learner)
+    if learner.diverged:
         return row
     row |= evaluate.metrics(session, learner) | evaluate.gradient_shares(session, learner)
     if row["accuracy"] > learner.best[1]:
@@ -238,10 +235,21 @@ def _measure(session: Session, learner: Learner, means: Mapping[str, float], rat
     return row
 
 
+def _accuracy(session: Session, learner: Learner) -> dict[str, float]:
+    """On the monitor split, of logits that must be finite: a file holds no other numbers."""
+    found = evaluate.accuracy(session, learner.evaluated, session.splits.monitor)
+    if not math.isfinite(found["loss"]):  # its weights are finite, but what it makes of images is not
+        where = f"stage {session.stage.name!r}, step {session.step}, member {learner.name!r}"
+        what = f"its cross-entropy on the monitor split is {found['loss']}"
+        fix = "Lower train.lr or set train.clip." if learner.terms else "Give it other weights, or train it again."
+        diverge(session, learner.name, NumericError(what, where=where, fix=fix))
+    return found
+
+
 def _still(session: Session, learner: Learner) -> dict[str, float]:
     """The row of a frozen member that others learn from: evaluated once, until it is trained again."""
     if learner.still is None:
-        learner.still = evaluate.accuracy(session, learner.evaluated, session.splits.monitor)
+        learner.still = _accuracy(session, learner)
     return {"tick": session.tick, "epoch": session.epoch, **learner.still}
 
 
