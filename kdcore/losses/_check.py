@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import Normalize
 from .reference import Reduction, Settings, Target
@@ -135,8 +136,8 @@ def _check_weight(name: str, value: float | Tensor, kinds: str = "a number or a 
 
 
 def _check_statistics(student: Tensor, settings: Settings, group: Any) -> None:
-    if group is not None:
-        raise NotImplementedError("group: class statistics over several processes are not there yet. Pass group=None.")
+    if not (group is None or isinstance(group, ProcessGroup)):
+        raise TypeError(f"group is {type(group).__name__}. Pass a torch.distributed.ProcessGroup, or None.")
     stats, classes = settings.stats, student.shape[1]
     if isinstance(stats, str):
         if stats not in ("batch", "detached"):
@@ -145,7 +146,7 @@ def _check_statistics(student: Tensor, settings: Settings, group: Any) -> None:
         raise ValueError(f"stats must be (mean_s, var_s, mean_t, var_t). Pass four tensors of shape ({classes},).")
     if settings.normalize != "class" and stats != "batch":
         raise ValueError(f'stats has no meaning with normalize="{settings.normalize}". Pass normalize="class".')
-    if settings.normalize == "class" and isinstance(stats, str) and student.shape[0] == 1:
+    if settings.normalize == "class" and isinstance(stats, str) and student.shape[0] == 1 and group is None:
         raise ValueError(
             'normalize="class" needs statistics of at least 2 rows, student has 1. '
             "Pass a larger batch, or stats=(mean_s, var_s, mean_t, var_t)."

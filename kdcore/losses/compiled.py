@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.distributed import ProcessGroup
 
-from . import reference
+from . import _group, reference
 from ._ops import DEFAULT_EPS, MODES, named_parts, numbers_tensor
 from .normalise import accumulator
 from .reference import Labels, Result, Settings, Target, Weight
@@ -67,6 +68,7 @@ def loss(
     settings: Settings,
     alpha: Weight,
     beta: Weight,  # a number, 0-d or [B]
+    group: ProcessGroup | None = None,
 ) -> Result:
     if student.dtype == torch.float16 and student.requires_grad and not student.is_cuda:
         # a gradient kept in float16 would have lost its small elements before a gradient scaler can raise them
@@ -75,13 +77,16 @@ def loss(
     rows = target if isinstance(target, Tensor) and target.dim() == 2 else None  # the op has hard labels alone
     ce_weight = _number(settings.ce_weight)
     with_ce = index is not None and (settings.return_parts or ce_weight != 0)
-    stats = _statistics(student, teacher, index, ignored, settings)
+    stats, total = _statistics(student, teacher, index, ignored, settings, group)
     tensors = (student, teacher, index, _row_beta(student, beta), stats)
     numbers = _numbers(settings, alpha, beta, 0.0 if rows is not None else ce_weight)
     rest = (ignored, MODES[settings.normalize], decoupled, with_ce and rows is None, settings.stats == "batch")
-    if settings.reduction == "none":
-        value, each = _call("forward", tensors, numbers, rest)
-        parts = each.sum(1) / _count(student, index, ignored)
+    if settings.reduction == "none" or total is not None:
+        value, each = _rows(tensors, numbers, rest, total, group)
+        count = _count(student, index, ignored)
+        parts = each.sum(1) / count
+        if settings.reduction != "none":
+            value = value.sum() / count if settings.reduction == "mean" else value.sum()
     else:
         value, parts = _fused(tensors, numbers, (*rest, settings.reduction == "mean"))
     soft = {}
@@ -110,18 +115,24 @@ def _row_beta(student: Tensor, beta: Weight) -> Tensor | None:  # [B]
 
 
 def _statistics(
-    student: Tensor, teacher: Tensor, index: Tensor | None, ignored: int, settings: Settings
-) -> Tensor | None:  # [4, C], float64
-    """Given ones; or those of the batch, where the op does not take them itself."""
+    student: Tensor,
+    teacher: Tensor,
+    index: Tensor | None,
+    ignored: int,
+    settings: Settings,
+    group: ProcessGroup | None,
+) -> tuple[Tensor | None, Tensor | None]:  # [4, C] and 0-d, float64
+    """Given ones; or those of the batch, where the op does not take them itself, with the group's count of rows."""
     if not isinstance(settings.stats, str):
-        return torch.stack([part.detach().double() for part in settings.stats])
-    if settings.normalize != "class" or settings.reduction != "none":
-        return None
-    stats = []
-    for z in (student, teacher):
-        count, mean, m2 = torch.ops.kdcore.col_stats(z.detach(), index, ignored)
-        stats += [mean, m2 / count.clamp(min=1)]
-    return torch.stack(stats)
+        return torch.stack([part.detach().double() for part in settings.stats]), None
+    if settings.normalize != "class" or (settings.reduction != "none" and group is None):
+        return None, None
+    sides = [torch.ops.kdcore.col_stats(z.detach(), index, ignored) for z in (student, teacher)]
+    count, (mean, m2) = sides[0][0], (torch.stack([side[part] for side in sides]) for part in (1, 2))
+    if group is not None:
+        count, mean, m2 = _group.merged(count, mean, m2, group)
+    stats = torch.stack([mean, m2 / count.clamp(min=1)], dim=1).flatten(0, 1)
+    return stats, None if group is None else count
 
 
 def _numbers(settings: Settings, alpha: Weight, beta: Weight, ce_weight: float) -> tuple[Weight, ...]:
@@ -146,6 +157,16 @@ def _count(student: Tensor, index: Tensor | None, ignored: int) -> Tensor | int:
 
 
 # How it is called
+
+
+def _rows(
+    tensors: tuple[Any, ...], numbers: tuple[Any, ...], rest: tuple[Any, ...], total: Tensor | None, group: Any
+) -> Any:
+    """Loss [B] and parts [4, B] of each row; through statistics of a group there is a way to the others' rows."""
+    through = rest[-1]
+    if total is None or not through:
+        return _call("forward", tensors, numbers, rest)
+    return _group.Rows.apply(*tensors, (*numbers, *rest), total, group)
 
 
 def _fused(tensors: tuple[Any, ...], numbers: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

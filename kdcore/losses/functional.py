@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from . import Normalize, _check, compiled, reference
+from . import Normalize, _check, _group, compiled, reference
 from ._extension import autograd
 from ._ops import NO_SECOND_DERIVATIVE, Backend, choose_backend, named_parts
 from .reference import Reduction, Result, Settings, Statistics, Target, Weight
@@ -123,7 +123,11 @@ def kd_loss(
         ignore_index: label of rows that leave the loss, its gradient and the class statistics.
         stats: "batch"; "detached": no gradient through the class statistics; or (mean_s, var_s, mean_t, var_t), each
             [C], used as they are, with their graph.
-        group: process group whose batches share the class statistics; not implemented.
+        group: process group (``torch.distributed.group.WORLD``) whose ranks hold parts of one batch, of any size: class
+            statistics are those of all rows, and "mean" is the mean over the rows that count in all ranks, times the
+            number of ranks. So the mean over ranks, which DistributedDataParallel takes of gradients, is that of one
+            process with the whole batch. "sum" and "none" are of the rank's own rows; gradients are those of the sum of
+            all ranks' losses. Every rank must make the same calls, in the same order. Not under torch.compile.
         reduction: "mean" over the rows that count (never over B*C), 0 with zero gradients where there is none;
             "sum"; or "none" for [B], 0 in ignored rows.
         return_parts: also gives the unweighted means over the rows that count, detached: {"kd", "ce"}. T^2 is in
@@ -142,7 +146,6 @@ def kd_loss(
         IndexError: a label is outside [0, C). On CUDA, which would have to be waited for, the compiled op gives NaN
             instead, and for the reference the device asserts it.
         RuntimeError: ``backend`` is not in this installation, or the gradient of the compiled op is differentiated.
-        NotImplementedError: ``group`` is given.
     """
     settings = (
         temperature, normalize, eps, kd_weight, ce_weight, label_smoothing, ignore_index, stats, reduction, return_parts
@@ -227,7 +230,6 @@ def dkd_loss(
         TypeError: as :func:`kd_loss`, like the others.
         IndexError: see there.
         RuntimeError: see there.
-        NotImplementedError: see there.
     """
     settings = (
         temperature, normalize, eps, kd_weight, ce_weight, label_smoothing, ignore_index, stats, reduction, return_parts
@@ -276,13 +278,38 @@ def _loss(
         _check.check_dkd(student, target, alpha, beta)
     if not teacher_grad:
         teacher, settings = _detached(teacher, settings)
+    found = _computed(decoupled, student, teacher, target, settings, alpha, beta, group, backend)
+    if group is None or settings.reduction != "mean":
+        return found
+    share = _group.share(student, reference.resolve_target(target, teacher, settings.ignore_index).valid, group)
+    if isinstance(found, tuple):
+        value, parts = found
+        return (share * value).to(value.dtype), {name: (share * part).to(part.dtype) for name, part in parts.items()}
+    return (share * found).to(found.dtype)
+
+
+def _computed(
+    decoupled: bool,
+    student: Tensor,
+    teacher: Tensor,
+    target: Target,
+    settings: Settings,
+    alpha: Weight,
+    beta: Weight,
+    group: ProcessGroup | None,
+    backend: Backend,
+) -> Result:
+    """By the op where it can do the call; means are over this process's rows."""
     op = choose_backend(backend, student.device.type)
     if op != "reference":
         problem = compiled.obstacle(op, student, teacher, settings, alpha, beta)
         if problem is None:
-            return compiled.loss(decoupled, student, teacher, target, settings, alpha, beta)
+            return compiled.loss(decoupled, student, teacher, target, settings, alpha, beta, group)
         if backend != "auto":
             raise ValueError(f'backend="{backend}" cannot do this: {problem}, or backend="reference".')
+    if group is not None:
+        valid = reference.resolve_target(target, teacher, settings.ignore_index).valid
+        settings = _group.with_statistics(settings, student, teacher, valid, group)
     if decoupled:
         return reference.dkd_loss(student, teacher, target, settings, alpha, beta)
     return reference.kd_loss(student, teacher, target, settings)

@@ -10,6 +10,7 @@ from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import group
 
 from ..outputs import Outputs, Shapes
 from . import Normalize
@@ -46,6 +47,8 @@ class Distillation(nn.Module):
 
     teacher_grad = False
     """Set by the framework where the gradient goes through the source."""
+    spread = False
+    """Set by the framework where each process has a part of the batch: class statistics are those of all parts."""
 
     def __init__(self, temperature: float, normalize: Normalize, eps: float | None) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ class Distillation(nn.Module):
         return self.normalize != "class"
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: HasTarget) -> Tensor:
-        return self._call(student, teacher, batch, self._settings())[0]
+        return self._value(student, teacher, batch, self._settings())[0]
 
     def with_cross_entropy(
         self,
@@ -75,8 +78,18 @@ class Distillation(nn.Module):
         label_smoothing: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gives weight * distillation + ce_weight * ce, and both unweighted, detached; no "ce" without a target."""
-        total, parts = self._call(student, teacher, batch, self._settings(weight, ce_weight, label_smoothing))
+        total, parts = self._value(student, teacher, batch, self._settings(weight, ce_weight, label_smoothing))
         return total, {name: parts[name] for name in ("kd", "ce") if name in parts}
+
+    def _value(
+        self, student: Outputs, teacher: Outputs | None, batch: HasTarget, settings: KDSettings
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over this process's samples, and its parts."""
+        if not (self.spread and self.normalize == "class"):
+            return self._call(student, teacher, batch, settings)
+        shared: KDSettings = {**settings, "group": group.WORLD, "reduction": "sum"}
+        total, parts = self._call(student, teacher, batch, shared)
+        return total / len(student.logits), parts
 
     def _call(
         self, student: Outputs, teacher: Outputs | None, batch: HasTarget, settings: KDSettings
