@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 BUILT := .venv/built
 
-.PHONY: install demo test test-long test-kill lint bench cuda-check abi-check numerics hooks clean
+.PHONY: install demo test test-long test-kill test-ray lint bench cuda-check abi-check numerics hooks clean
 
 install: $(BUILT)
 
@@ -38,6 +38,19 @@ test-long: $(BUILT)
 N ?= 50
 test-kill: $(BUILT)
 	$(BIN)/python tests/kill.py $(N)
+
+# the executor ray, with Ray in an environment of its own on top of .venv
+RAY := .venv/ray
+$(RAY)/ready: $(READY)
+	$(PYTHON) -m venv $(RAY)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > $$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(RAY)/bin/python -m pip install --quiet $$($(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["ray"])')
+	@touch $@
+
+test-ray: $(BUILT) $(RAY)/ready
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/test_ray.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -25,7 +25,10 @@ _EXPORTS = {
     "paired": "Difference paired_difference",
     "failure": "Failure FailurePolicy Retry",
     "job": "Job",
-    "executor": "Executor perform",
+    "executor": "Executor Context perform under_lease",
+    "pool": "Pool Worker WorkerProcess",
+    "worker": "describe",
+    "depot": "Depot open_depot",
     "deploy.classifier": "Classifier load_model",
     "deploy.export": "Exporter",
     "data": "Dataset Split Images TrainData DataInfo Batch Random Source SourceContext",
@@ -56,6 +59,8 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .deploy.classifier import Classifier as Classifier
     from .deploy.classifier import load_model as load_model
     from .deploy.export import Exporter as Exporter
+    from .depot import Depot as Depot
+    from .depot import open_depot as open_depot
     from .errors import DataError as DataError
     from .errors import DeviceError as DeviceError
     from .errors import Interrupted as Interrupted
@@ -67,8 +72,10 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .errors import RecipeError as RecipeError
     from .errors import StorageError as StorageError
     from .errors import suggest as suggest
+    from .executor import Context as Context
     from .executor import Executor as Executor
     from .executor import perform as perform
+    from .executor import under_lease as under_lease
     from .failure import Failure as Failure
     from .failure import FailurePolicy as FailurePolicy
     from .failure import Retry as Retry
@@ -104,6 +111,9 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .plan import Term as Term
     from .plan import TickView as TickView
     from .plan import labels_alone as labels_alone
+    from .pool import Pool as Pool
+    from .pool import Worker as Worker
+    from .pool import WorkerProcess as WorkerProcess
     from .registry import Registrar as Registrar
     from .runresult import RunResult as RunResult
     from .runview import ModelCost as ModelCost
@@ -112,6 +122,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which would else see Any 
     from .seeds import derive as derive
     from .training.step import StepContext as StepContext
     from .transforms import TransformContext as TransformContext
+    from .worker import describe as describe
 else:
 
     def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .cli.console import RunConsole
 from .cli.drive import catch_signals, check, folder_of, open_run
@@ -17,8 +17,10 @@ from .errors import Interrupted, KdError, RecipeError, suggest
 from .generators import kept
 from .origin import OWN, Origin
 from .plugins import PluginHost
-from .recipe import DataTable, Recipe, TrainTable
+from .ranks import ranks
+from .recipe import Recipe
 from .runresult import RunResult, result_of
+from .tables import DataTable, TrainTable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,7 +97,7 @@ def distill(
     optimizer: Table | str = "sgd",
     schedule: Table | str = "cosine",
     teacher_train: Table | None = None,
-    batch_size: int = 128,
+    batch_size: int | Literal["auto"] = 128,
     transforms: Sequence[Table | str] = (),
     seed: int = 0,
     name: str = "distill",
@@ -135,7 +137,7 @@ def distill(
         schedule: of the learning rate, as in a recipe.
         teacher_train: what differs where the teacher is trained on labels first, e.g. ``{"epochs": 60}``; a module is
             trained, from its own weights, only if this is given.
-        batch_size: samples a step.
+        batch_size: samples a step; or "auto", as many as fit on the device.
         transforms: augmentation, as in a recipe: ``["flip", {"name": "shift", "pixels": 4}]``.
         seed: of everything that is random but the monitor split.
         name: the folder is ``root/name-<hash>``.
@@ -243,6 +245,9 @@ def _execute(
     warnings: tuple[str, ...],
 ) -> RunResult:
     with host.blaming():
+        if (size := ranks().size) > 1:
+            fix = "Write a recipe: `torchrun --nproc-per-node N -m kdcore run recipe.toml`."
+            raise RecipeError(f"called in {size} processes of torchrun", where="kdcore.run", fix=fix)
         recipe = check(source, sets, host)
         _check_place(recipe, host, jobs)
         root = root.resolve()

@@ -33,6 +33,8 @@ def kdcore_register(registry: Registrar) -> None:
                        about="random translation by at most n pixels, zeros outside (pad-and-crop)")  # fmt: skip
     registry.transform("flip", f"{sets}.augment:Flip", options="kdcore.options:Options",
                        about="random horizontal flip")  # fmt: skip
+    registry.transform("cutout", f"{sets}.augment:Cutout", options=f"{sets}.options:CutoutOptions",
+                       about="a square of the mean colour at a random place")  # fmt: skip
     registry.transform("mixup", f"{sets}.mix:MixUp", options=f"{sets}.options:MixUpOptions",
                        about="weighted means of two samples and of their labels")  # fmt: skip
     registry.transform("cutmix", f"{sets}.mix:CutMix", options=f"{sets}.options:CutMixOptions",
@@ -47,6 +49,10 @@ def kdcore_register(registry: Registrar) -> None:
         registry.schedule(name, f"{training}.schedules:{name}", options=f"{training}.options:{name.title()}Options")
     registry.optimizer("sgd", f"{training}.optimizers:sgd", options=f"{training}.options:SGDOptions")
     registry.optimizer("adamw", f"{training}.optimizers:adamw", options=f"{training}.options:AdamWOptions")
+    registry.optimizer("lars", f"{training}.optimizers:LARS", options=f"{training}.options:LARSOptions",
+                       about="layer-wise rates for large batches, on SGD with momentum")  # fmt: skip
+    registry.optimizer("lamb", f"{training}.optimizers:LAMB", options=f"{training}.options:LAMBOptions",
+                       about="layer-wise rates for large batches, on Adam")  # fmt: skip
     for name, about in (("subset", "some of a teacher's classes"), ("groups", "a teacher's classes, summed in groups")):
         registry.label_map(name, "kdcore.label_maps:listed", options=f"kdcore.label_maps:{name.title()}Options",
                            about=about)  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .codec import canonical, decode, encode
 from .errors import DataError, Interrupted, PluginError
@@ -16,6 +16,9 @@ from .pool import Pool
 from .registry import Catalog
 from .store import Store
 from .stored import check_stored
+
+if TYPE_CHECKING:
+    from .training.world import World
 
 
 class Executor(Protocol):
@@ -63,11 +66,37 @@ class Context:
     catalog: Catalog
     load: DataCache
     stopped: Callable[[], int] = lambda: 0
+    world: World | None = None  # of a data parallel run
 
 
 def perform(job: Job, context: Context, emit: Emit) -> dict[str, Any]:
     """Runs one job under its lease; a result that another process made meanwhile is used."""
     from .training.loop import run_stage
+
+    def train(store: Store, send: Emit) -> dict[str, Any]:
+        check_unchanged(job, context)
+        if context.world is not None:
+            context.world.of_first(job.to_text())
+        return run_stage(job, context.catalog, context.load, store, send, context.stopped, context.world)
+
+    return under_lease(job, context.stopped, emit, train)
+
+
+def under_lease(
+    job: Job, stopped: Callable[[], int], emit: Emit, train: Callable[[Store, Emit], dict[str, Any]]
+) -> dict[str, Any]:
+    """A job's result: what another process made meanwhile, or what ``train`` makes while this one holds the lease.
+
+    Args:
+        job: whose key is leased in its store.
+        stopped: a signal number if the process was asked to stop, else 0.
+        emit: gets the events with the job's key and name.
+        train: gets the store, of which plugins know :class:`kdcore.Depot`, and what adds key and name to its events;
+            commits the result and returns it.
+
+    Raises:
+        Interrupted: it was asked to stop before it began.
+    """
 
     def send(event: Any) -> None:
         emit({**event, "key": job.key, "name": job.name})
@@ -75,7 +104,7 @@ def perform(job: Job, context: Context, emit: Emit) -> dict[str, Any]:
     told: list[str] = []
 
     def check(holder: str = "") -> None:
-        if signal_number := context.stopped():
+        if signal_number := stopped():
             raise Interrupted(signal_number)
         if holder and not told:
             told.append(holder)
@@ -84,14 +113,14 @@ def perform(job: Job, context: Context, emit: Emit) -> dict[str, Any]:
     check()  # a signal that came at the end of another stage: do not begin this one
     store = Store(job.settings.store, lambda text: send({"kind": "warning", "text": text}))
     with store.lease(job.key, check):
-        found = store.result(job.key)
-        if found is not None:
+        if (found := store.result(job.key)) is not None:
             return {**check_stored(found, job.key), "reused": True}
-        _check_unchanged(job, context)
-        return run_stage(job, context.catalog, context.load, store, send, context.stopped)
+        made = train(store, send)
+        store.forget(job.key)  # a result that came from another machine left them
+        return made
 
 
-def _check_unchanged(job: Job, context: Context) -> None:
+def check_unchanged(job: Job, context: Context) -> None:
     """Refuses a job whose plugins or data were edited since its key was made: its result would lie under that key."""
     stage, where = decode(job.name, job.stage), f"stage {job.name!r}"
     changed = [code["plugin"] for code in code_of(stage, context.catalog) if code not in job.code]

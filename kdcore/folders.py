@@ -60,6 +60,22 @@ def _manifest(content: Mapping[str, bytes]) -> bytes:
     return json.dumps({**body, "sha256": _seal(body)}, indent=1).encode()
 
 
+def unsealed(files: Mapping[str, bytes], where: str) -> dict[str, bytes]:
+    """What was committed, of all files of a folder of the same kdcore on another machine.
+
+    Raises:
+        DamagedError: they are not what the manifest among them says.
+    """
+    content = {name: data for name, data in files.items() if name != MANIFEST}
+    try:
+        whole = parse_json(files.get(MANIFEST, b"")) == parse_json(_manifest(content))
+    except ValueError:
+        whole = False
+    if not whole:
+        raise DamagedError("the content is not what was written", where=where)
+    return content
+
+
 def _seal(body: Mapping[str, Json]) -> str:
     return hashlib.sha256(canonical(body).encode()).hexdigest()
 

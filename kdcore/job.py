@@ -17,8 +17,8 @@ STOP = Spec("core/stop")
 
 @dataclass(frozen=True)
 class Settings:
-    """How stages of a run are executed. ``device``, ``threads``, ``precision`` and ``channels_last`` change bits, so
-    they are part of a stage's key; the rest is not.
+    """How stages of a run are executed. ``device``, ``threads``, ``precision``, ``channels_last``, ``compile`` and
+    ``world_size`` change bits, so they are part of a stage's key; the rest is not.
     """
 
     store: str
@@ -26,6 +26,8 @@ class Settings:
     threads: int = 1
     precision: str = "float32"
     channels_last: bool = False
+    compile: bool = False
+    world_size: int = 1
     log_every: int = 50
     checkpoint_seconds: float = 20.0
     workers: int = 0
@@ -39,9 +41,10 @@ class Settings:
         from . import NUMERICS
 
         device = self.device.partition(":")[0]
+        compiled = {"compile": True} if self.compile else {}
         return {
             "kdcore": NUMERICS, "device": device, "threads": self.threads, "precision": self.precision,
-            "channels_last": self.channels_last, "world_size": 1,
+            "channels_last": self.channels_last, "world_size": self.world_size, **compiled,
         }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ class Keys:
 
     def _content(self, stage: Stage) -> Json:
         data = self._encoded(stage)
-        data["data"] = {**data["data"], "dataset": None, "own": _source_fingerprint(stage, self.catalog)}
+        data["data"] = {**data["data"], "dataset": None, "own": source_fingerprint(stage, self.catalog)}
         for member in data["members"].values():
             if "weights" in member["model"]:
                 member["model"]["weights"] = file_digest(member["model"]["weights"])
@@ -109,7 +109,7 @@ def names(stage: Stage, catalog: Catalog) -> Iterator[tuple[str, str]]:
                 yield "schedule", member.optimizer.lr.shape.name
 
 
-def _source_fingerprint(stage: Stage, catalog: Catalog) -> Json:
+def source_fingerprint(stage: Stage, catalog: Catalog) -> Json:
     """What a source says of data of its own, e.g. files that it reads; most have none."""
     spec = stage.data.source
     entry = catalog.find("source", spec.name)

@@ -44,15 +44,35 @@ class Measure:
 
     def stage(self, stage: Stage) -> int:
         """FLOPs of a stage in which nothing stops: a forward pass of every frozen member and three times that of every
-        trained one, over all images. A stream counts one batch a step.
+        trained one (four times, where pieces go forward twice), over all images; where outputs are cached, one pass
+        over the training split a view. A stream counts one batch a step.
         """
         splits, size = self.load(stage.data), stage.data.batch_size
         images = len(splits.train) // size * size if stage.data.drop_last else len(splits.train)
         if stage.tick != "epoch":
             images = size
         images *= math.prod(_copies(spec, self.catalog) for spec in stage.data.transforms)
-        passes = (self.model(m.model).flops * (3 if m.terms else 1) for m in stage.members.values())
-        return sum(passes) * images * stage.length
+        seen = images * stage.length
+        frozen = seen if stage.data.cache is None else min(stage.data.cache.views, stage.length) * len(splits.train)
+        trained = seen * (4 if self._goes_twice(stage) else 3)
+        return sum(self.model(m.model).flops * (trained if m.terms else frozen) for m in stage.members.values())
+
+    def _goes_twice(self, stage: Stage) -> bool:
+        """True if batches are in pieces, and a loss looks across them; one on features is refused there."""
+        if stage.data.accumulate == 1:
+            return False
+        from .outputs import Shapes
+        from .training.memory import across
+
+        splits = self.load(stage.data)
+        shapes = Shapes(splits.info.classes, len(splits.train), labels=splits.train.labels)
+        terms = [term for member in stage.members.values() for term in member.terms if term.weight != 0]
+        found = [(self.catalog.find("loss", term.loss), term) for term in terms]
+        return any(
+            across(entry.load().build(shapes, entry.options_class()(**term.options)))
+            for entry, term in found
+            if "taps" not in entry.load().needs
+        )
 
 
 def _copies(spec: Spec, catalog: Catalog) -> int:

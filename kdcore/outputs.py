@@ -31,7 +31,7 @@ class Shapes:
         student: tap name -> shape of the learner's feature, in the order of the model's taps.
         teacher: tap name -> shape of the source's feature; empty for a loss on labels alone.
         samples: size of the training split, for losses with a memory bank.
-        labels: [samples] int64, of the training split.
+        labels: [samples] int64, of the training split, on the models' device.
         norms: tap name -> weight and bias [C] of the batch norm that comes last in the source's feature, where the
             source names it.
         adapter: builds the adapter that the loss's options name, from the shapes of a learner's feature and a source's;

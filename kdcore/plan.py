@@ -88,12 +88,28 @@ class Term:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """How a member is updated: optimizer name and options, learning-rate schedule, gradient-norm clipping."""
+    """How a member is updated: optimizer name and options, learning-rate schedule, gradient-norm clipping, and the
+    decay of the moving average of its weights, of a member that names none itself.
+    """
 
     name: str = "sgd"
     lr: float | Schedule = 0.05
     options: Mapping[str, Json] = field(default_factory=dict)
     clip: float | None = None
+    ema: float | None = None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Frozen members run once over the training split, and their outputs are read in every epoch.
+
+    Args:
+        views: augmentations repeat after so many epochs, and there are outputs for each.
+        top: how many logits of a sample are stored, the largest, with the log-sum-exp of the others; 0 for all.
+    """
+
+    views: int = 1
+    top: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,8 @@ class SourceSpec:
         drop_last: leave out a ragged last batch (class statistics want full ones).
         transforms: augmentations, in order.
         source: the registered source; ``epochs`` shuffles the training split.
+        cache: how outputs of frozen members are stored; None to run them on every batch, augmented anew every epoch.
+        accumulate: in how many pieces a batch is trained, with one update; 1 for whole batches.
     """
 
     dataset: Spec
@@ -117,6 +135,8 @@ class SourceSpec:
     drop_last: bool = False
     transforms: tuple[Spec, ...] = ()
     source: Spec = Spec("epochs")
+    cache: Cache | None = None
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,11 @@ class Member:
     terms: tuple[Term, ...] = ()
     optimizer: OptimizerSpec | None = None
     ema: float | None = None
+
+    @property
+    def decay(self) -> float | None:
+        """Of the moving average of its weights, which is then what is evaluated and delivered; None without one."""
+        return self.ema if self.ema is not None or self.optimizer is None else self.optimizer.ema
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +225,9 @@ def check_stage(stage: Stage) -> None:
     where = f"stage {stage.name!r}"
     if not stage.members or stage.length < 0 or stage.ledger < 0:
         raise PlanError("a stage has members, and a length and a ledger from 0", where=where)
+    if not 1 <= stage.data.accumulate <= stage.data.batch_size:
+        what = f"a batch of {stage.data.batch_size} in {stage.data.accumulate} pieces"
+        raise PlanError(what, where=f"{where}, accumulate", fix=f"Use 1 to {stage.data.batch_size}.")
     if stage.tick != "epoch" and (stage.tick < 1 or stage.length % stage.tick):
         raise PlanError(f"length {stage.length} is not a multiple of tick {stage.tick}", where=where)
     if stage.diverged == "drop" and stage.controllers:

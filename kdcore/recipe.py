@@ -3,120 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-from pydantic import ConfigDict, model_validator
+from typing import Any, Literal
 
 from .card import find_card, find_model
 from .errors import RecipeError, StorageError
-from .options import Field, Options, Plain, shown, validate
+from .options import Field, Options, shown, validate
 from .origin import OWN
 from .overrides import override, read
-from .plan import Json, ModelRef, OptimizerSpec, Schedule, SourceSpec, Spec, Stage, Term
+from .plan import Cache, Json, ModelRef, OptimizerSpec, Schedule, SourceSpec, Spec, Stage, Term
 from .registry import Catalog, Entry
 from .runview import RunView
+from .tables import (
+    CacheTable,
+    DataTable,
+    ExecuteTable,
+    ModelTable,
+    Named,
+    ObjectiveTable,
+    PluginsTable,
+    Table,
+    TrainTable,
+)
 from .transforms import holders
 
-
-class Table(Plain):
-    """A table whose further keys are options of the thing it names."""
-
-    model_config = ConfigDict(extra="allow")
-    name_key: ClassVar[str] = "name"
-
-    @property
-    def extras(self) -> dict[str, Json]:
-        return dict(self.model_extra or {})
-
-
-class Named(Table):
-    """``"cosine"``, or ``{ name = "step", milestones = [30, 60] }``."""
-
-    name: str = Field(description="a name that `kdcore plugins` lists")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, data: Any) -> Any:
-        return {"name": data} if isinstance(data, str) else data
-
-
-class ModelTable(Table):
-    """``{ model = "cnn", size = 3 }``; further keys are the model's options. A weights file with a card says both."""
-
-    name_key: ClassVar[str] = "model"
-    model: str | None = Field(None, description='a model, e.g. { model = "cnn", size = 3 }')
-    weights: str | None = Field(None, description="the path of a .safetensors file")
-    label_map: Named | None = Field(
-        None,
-        description='a map of its classes to the data\'s, e.g. { name = "groups", of = 4, groups = [[0, 3], [1]] }',
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, data: Any) -> Any:
-        return {"model": data} if isinstance(data, str) else data
-
-
-class DataTable(Table):
-    """The data set by name, its options, batches, split and augmentation."""
-
-    name: str = Field(description='a data set, e.g. "digits"')
-    batch_size: int = Field(128, ge=1, description="a number of samples from 1")
-    monitor: float = Field(0.1, gt=0, lt=1, description="the share of training data held out for decisions, e.g. 0.1")
-    split_seed: int = Field(0, ge=0, lt=2**63, description="a seed from 0")
-    drop_last: bool | None = Field(None, description="true or false")
-    shift: int = Field(0, ge=0, description="pixels of random translation, e.g. 1 (CIFAR: 4)")
-    flip: bool = Field(False, description="true or false")
-    transforms: tuple[Named, ...] = Field((), description='a list like ["flip", { name = "shift", pixels = 1 }]')
-    workers: int | None = Field(
-        None, ge=0, le=512, description="processes that read images, from 0; the cores by default"
-    )
-    source: Named = Field(Named(name="epochs"), description='a name, e.g. "epochs"')
-
-
-class TrainTable(Options):
-    """How members are trained."""
-
-    epochs: int = Field(30, ge=1, description="a number of epochs from 1")
-    lr: float = Field(0.05, gt=0, description="a learning rate above 0")
-    optimizer: Named = Field(Named(name="sgd"), description='"sgd", or { name = "sgd", momentum = 0.9 }')
-    schedule: Named = Field(Named(name="cosine"), description='"cosine", or { name = "step", milestones = [30, 60] }')
-    warmup_epochs: float = Field(0, ge=0, description="epochs of linear warm-up, from 0")
-    clip: float | None = Field(None, gt=0, description="the largest gradient norm")
-    keep: Literal["last", "best"] = Field("last", description='"last", or "best" (on the monitor split)')
-    ledger: int = Field(0, ge=0, description="steps between two looks at the terms' gradients; 0 for none")
-    teacher: dict[str, Any] = Field({}, description="keys of train that differ for the teacher")
-
-
-class ObjectiveTable(Table):
-    """One term of the student's objective; further keys are the loss's options."""
-
-    name_key: ClassVar[str] = "loss"
-    loss: str = Field(description='a loss, e.g. "dkd"')
-    name: str = Field("", pattern=r"^[a-z0-9_-]*$", description="a name for knobs and curves, of a-z, 0-9, - and _")
-    weight: float = Field(1.0, ge=0, description="a weight from 0")
-    warmup_epochs: float = Field(0, ge=0, description="epochs over which the weight grows, from 0")
-    schedule: Named = Field(Named(name="constant"), description='the shape of the weight, "constant" or e.g. "cosine"')
-
-
-class ExecuteTable(Table):
-    """Where stages run."""
-
-    name: str = Field("local", description='an executor, e.g. "local"')
-    jobs: int = Field(1, ge=1, description="how many stages may run at once, from 1")
-    log_every: int = Field(50, ge=1, description="steps between two log points")
-    failure: Named = Field(Named(name="stop"), description='what to do when memory runs out: "stop" or "retry"')
-    checkpoint_seconds: float = Field(20, ge=0, description="seconds between checkpoints; 0 for every epoch")
-
-
-class PluginsTable(Options):
-    """What must be installed."""
-
-    require: tuple[str, ...] = Field((), description='a list like ["acme>=1.0"]')
-
-
+AUTO, CHECKED_WITH = "auto", 128
+"""A batch size that is settled when a run begins, and what stands for it while a recipe is checked."""
 CONSTANT = Schedule().shape  # at its default: it is no part of a key
 DEFAULT_OBJECTIVE = (
     ObjectiveTable(loss="cross_entropy", weight=0.1),
@@ -130,11 +44,15 @@ class Recipe(Options):
     seed: int = Field(0, ge=0, lt=2**63, description="a seed from 0")
     threads: int | None = Field(None, ge=1, description="CPU threads of a stage, from 1")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description='"auto", "cpu", "cuda" or "cuda:1"')
-    precision: Literal["float32", "bfloat16"] = Field("float32", description='"float32" or "bfloat16" (autocast)')
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description='"float32", or "bfloat16" or "float16" (autocast)'
+    )
     channels_last: bool = Field(False, description="true or false")
+    compile: bool = Field(False, description="true or false")
     data: DataTable = Field(description='a data set, e.g. data = { name = "digits" }')
     teacher: ModelTable = Field(description='a model, e.g. teacher = { model = "cnn", size = 3 }')
     student: ModelTable = Field(description='a model, e.g. student = { model = "mlp", size = 2 }')
+    cache: CacheTable | None = Field(None, description="a table, e.g. cache = { views = 4 }")
     train: TrainTable = Field(TrainTable(), description="a table, e.g. train = { epochs = 30, lr = 0.05 }")
     objective: tuple[ObjectiveTable, ...] = Field(
         DEFAULT_OBJECTIVE, min_length=1, description='a list of tables, e.g. [[objective]] and below it loss = "kd"'
@@ -174,7 +92,7 @@ def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
     """
     data = _source(recipe, catalog)
     objective = _objective(recipe.objective, catalog, data)
-    optimizer = _optimizer(recipe.train, catalog, "train")
+    optimizer = _optimizer(recipe.train, catalog, _batch_size(recipe), "train")
     teacher_train = _teacher_train(recipe.train)
     if recipe.student.label_map is not None:
         fix = "Give the student the data's classes; only a teacher can have others."
@@ -191,7 +109,7 @@ def compile_recipe(recipe: Recipe, catalog: Catalog) -> tuple[RunView, Spec]:
         keep=recipe.train.keep,
         ledger=recipe.train.ledger,
         teacher_epochs=teacher_train.epochs,
-        teacher_optimizer=_optimizer(teacher_train, catalog, "train.teacher"),
+        teacher_optimizer=_optimizer(teacher_train, catalog, _batch_size(recipe), "train.teacher"),
         controllers=tuple(_spec("controller", t, catalog, f"controller[{i}]") for i, t in enumerate(recipe.controller)),
         prepare=_prepare(catalog),
         model=lambda table: _strategy_model(table, recipe.strategy, catalog),
@@ -316,20 +234,38 @@ def _labels(objective: tuple[Term, ...]) -> tuple[Term, ...]:
     return tuple(dataclasses.replace(term, weight=weight) for term, weight in zip(terms, scaled, strict=True))
 
 
-def _optimizer(train: TrainTable, catalog: Catalog, where: str) -> OptimizerSpec:
+def _optimizer(train: TrainTable, catalog: Catalog, batch_size: int, where: str) -> OptimizerSpec:
     spec = _spec("optimizer", train.optimizer, catalog, f"{where}.optimizer")
     shape = _spec("schedule", train.schedule, catalog, f"{where}.schedule")
-    return OptimizerSpec(spec.name, Schedule(train.lr, train.warmup_epochs, shape), spec.options, train.clip)
+    lr = Schedule(_scaled(train, batch_size, where), train.warmup_epochs, shape)
+    return OptimizerSpec(spec.name, lr, spec.options, train.clip, train.ema)
+
+
+def _batch_size(recipe: Recipe) -> int:
+    size = recipe.data.batch_size
+    return size if isinstance(size, int) else max(CHECKED_WITH, recipe.train.accumulate)
+
+
+def _scaled(train: TrainTable, batch_size: int, where: str) -> float:
+    """The learning rate for this batch size: in proportion (Goyal et al. 2017), or to its root."""
+    if train.lr_batch is None:
+        if train.lr_scaling is not None:
+            fix = "Write the batch size that train.lr is meant for: lr_batch = 256."
+            raise RecipeError("there is no lr_batch to scale from", where=f"{where}.lr_scaling", fix=fix)
+        return train.lr
+    ratio = batch_size / train.lr_batch
+    return train.lr * (math.sqrt(ratio) if train.lr_scaling == "sqrt" else ratio)
 
 
 def _teacher_train(train: TrainTable) -> TrainTable:
-    for key in ("teacher", "keep", "ledger"):
+    for key in ("teacher", "keep", "ledger", "accumulate"):
         if key in train.teacher:
             fix = (
                 "Write its keys one level up." if key == "teacher" else f"It counts for every stage: write train.{key}."
             )
             raise RecipeError("unknown key", where=f"train.teacher.{key}", fix=fix)
-    return validate(TrainTable, {**train.model_dump(exclude={"teacher"}), **train.teacher}, "train.teacher")
+    same = train.model_dump(exclude={"teacher", "ema"})  # a moving average is the student's alone
+    return validate(TrainTable, {**same, **train.teacher}, "train.teacher")
 
 
 def _source(recipe: Recipe, catalog: Catalog) -> SourceSpec:
@@ -339,12 +275,14 @@ def _source(recipe: Recipe, catalog: Catalog) -> SourceSpec:
         drop_last = "class" in _values("normalize", [*(t.extras for t in recipe.objective), recipe.strategy.extras])
     return SourceSpec(
         dataset=_spec("dataset", table, catalog, "data"),
-        batch_size=table.batch_size,
+        batch_size=_batch_size(recipe),
         monitor=table.monitor,
         split_seed=table.split_seed,
         drop_last=drop_last,
         transforms=_transforms(table, catalog),
         source=_spec("source", table.source, catalog, "data.source"),
+        cache=None if recipe.cache is None else Cache(**recipe.cache.model_dump()),
+        accumulate=recipe.train.accumulate,
     )
 
 

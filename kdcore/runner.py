@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import NUMERICS, __version__
+from .autosize import settled, told
 from .card import check_images
 from .codec import canonical, digest, encode
 from .errors import Interrupted, PlanError, PluginError, PreflightError
-from .executor import Context, DataCache, Executor
+from .executor import Context, Executor
 from .files import replace_file
 from .generators import kept
 from .job import Event, Settings
@@ -25,9 +26,9 @@ from .keys import Keys, in_order
 from .label_maps import seen_by
 from .measure import Measure
 from .named import Names
-from .plan import Choice, Json, Outcome, Result, ResultRef, Spec, Stage
+from .plan import Choice, Json, Outcome, Result, ResultRef, Stage
 from .plugins import PluginHost
-from .recipe import Recipe, compile_recipe
+from .recipe import AUTO, Recipe, compile_recipe
 from .record import Record
 from .replay import first_binding, last, open_journal
 from .store import Store
@@ -79,6 +80,8 @@ class Run:
         self.store = Store(self.settings.store, lambda text: self.handle({"kind": "warning", "text": text}))
         self.record = Record(self.folder, lambda text: self.console.handle({"kind": "warning", "text": text}))
         load = self.context.load
+        self.asked_for = self.recipe.data.batch_size
+        self.recipe = settled(self.recipe, self.host.catalog, self.settings, load, self.folder / "journal.jsonl")
         view, self.strategy = compile_recipe(self.recipe, self.host.catalog)
         measure = Measure(self.host.catalog, load, view.data)
         self.names = Names(self.recipe, replace(view, measure=measure.model, estimate=measure.stage))
@@ -98,6 +101,7 @@ class Run:
         self.host.emit("kdcore_run_started", run=self.info)
         for text in self.warnings:
             self.handle({"kind": "warning", "text": text})
+        self._record_batch_size()
         with self.ending, self._delivering_best():
             outcome = self._drive()
             named = [outcome.student, outcome.teacher, *(ref for refs in outcome.replicates.values() for ref in refs)]
@@ -109,6 +113,14 @@ class Run:
             result["degraded"] = dict(self.host.muted)  # this last hook muted one more
             self._deliver(outcome, result)
         return result
+
+    def _record_batch_size(self) -> None:
+        """Shows the batch size that was found, and journals it: a resume or a replay takes the same."""
+        if self.asked_for != AUTO:
+            return
+        self.handle({"kind": "note", "name": "data", "text": told(self.recipe)})
+        if not any(self.journal.of("batch_size")):
+            self.journal.append({"kind": "batch_size", "value": self.recipe.data.batch_size})
 
     def _check_given(self) -> None:
         """Refuses given weights of a model for other images before anything is trained."""
@@ -195,7 +207,7 @@ class Run:
             jobs = [self.keys.job(stage) for stage in missing]
             with closing(self.executor.execute(jobs, self.handle)) as finished:  # type: ignore[type-var]
                 for key, result in finished:
-                    self._accept(key, {"reused": False, **result})
+                    self._accept(key, {"reused": False, **check_stored(result, key)})
                     self._record_curves()
 
     def _rehearse(self) -> None:
@@ -330,6 +342,7 @@ class Run:
             "blocked": list(settings.blocked),
             "threads": settings.threads,
             "jobs": self.jobs,
+            "world_size": settings.world_size,
             "cwd": str(Path.cwd()),
         }
 
@@ -357,40 +370,3 @@ def pretty(data: Json) -> bytes:
 def now() -> str:
     """The time of day in UTC, for records only."""
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def make_settings(
-    recipe: Recipe,
-    store: Path,
-    jobs: int,
-    *,
-    threads: int | None = None,
-    strict: bool = False,
-    plugin_files: tuple[str, ...] = (),
-    blocked: tuple[str, ...] = (),
-) -> Settings:
-    """How this machine executes a recipe: device and threads are settled here.
-
-    ``threads`` is what a resumed run began with; a recipe that fixes threads counts for more.
-    """
-    from .training import device
-
-    return Settings(
-        store=str(store),
-        device=str(device.resolve(recipe.device)),
-        threads=recipe.threads or threads or device.default_threads(jobs),
-        precision=recipe.precision,
-        channels_last=recipe.channels_last,
-        log_every=recipe.execute.log_every,
-        checkpoint_seconds=recipe.execute.checkpoint_seconds,
-        workers=device.default_workers(jobs) if recipe.data.workers is None else recipe.data.workers,
-        strict=strict,
-        failure=Spec(recipe.execute.failure.name, recipe.execute.failure.extras),
-        plugin_files=plugin_files,
-        blocked=blocked,
-    )
-
-
-def make_context(host: PluginHost, stopped: Any = lambda: 0) -> Context:
-    """What this process needs to run stages of the host's plugins."""
-    return Context(host.catalog, DataCache(host.catalog), stopped)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from .errors import PlanError
-from .plan import Json, Member, ModelRef, OptimizerSpec, Plan, ResultRef, SourceSpec, Spec, Stage, Term
+from .plan import Cache, Json, Member, ModelRef, OptimizerSpec, Plan, ResultRef, SourceSpec, Spec, Stage, Term
 
 
 class UnmeasuredError(Exception):
@@ -70,8 +70,11 @@ class RunView:
         epochs = self.teacher_epochs if teacher and self.teacher_epochs is not None else self.epochs
         optimizer = (self.teacher_optimizer if teacher else None) or self.optimizer
         if teacher and (model.given or model.weights is not None):
-            return self._stage(f"{model} (given)", {role: Member(model)}, 0)
-        return self._stage(f"{model} on labels", {role: Member(model, terms=self.labels, optimizer=optimizer)}, epochs)
+            stage = self._stage(f"{model} (given)", {role: Member(model)}, 0)
+        else:
+            member = Member(model, terms=self.labels, optimizer=optimizer)
+            stage = self._stage(f"{model} on labels", {role: member}, epochs)
+        return dataclasses.replace(stage, data=dataclasses.replace(self.data, cache=self._views(teacher)))
 
     def distilled(self, model: ModelRef, teacher: ResultRef) -> Stage:
         """A stage that distils ``teacher`` into ``model`` by the recipe's objective, under its controllers."""
@@ -83,6 +86,10 @@ class RunView:
         for spec in self.controllers:
             stage = self.prepare(spec, stage, self)
         return stage
+
+    def _views(self, teacher: bool) -> Cache | None:
+        """A control sees the augmentations that its student sees; a teacher has no outputs to wait for."""
+        return None if teacher or self.data.cache is None else Cache(self.data.cache.views)
 
     def _stage(self, name: str, members: Mapping[str, Member], epochs: int) -> Stage:
         return Stage(name, members, self.data, epochs, seed=self.seed, keep=self.keep)

@@ -4,6 +4,7 @@
 
     results/<key>/      result.json, <member>.safetensors, MANIFEST.json
     unfinished/<key>/   ckpt-00000123/ (state.json, tensors.safetensors, MANIFEST.json)
+    caches/<key>/       view-0-part-00000/ (rows.safetensors, MANIFEST.json): outputs of a frozen member
     leases/<key>        locked while a process trains that key
     runs/<hash>         the folder of a run that uses this store
 
@@ -27,7 +28,7 @@ from typing import Any
 from . import archive
 from .errors import StorageError
 from .files import make_folder, remove_folder, rename, replace_file, storing, sync, temporary_name
-from .folders import DamagedError, FormatError, commit, verify
+from .folders import DamagedError, FormatError, commit, unsealed, verify
 from .locks import if_free, lock_file, try_lock
 from .reading import read_plain, read_table, safetensors_header
 
@@ -76,13 +77,11 @@ class Store:
 
     def save_result(self, key: str, files: Mapping[str, bytes]) -> None:
         """Commits a result, then forgets its checkpoints."""
-        folder = self.root / "results" / key
-        try:
-            if not folder.is_dir():
-                commit(folder.parent, key, files)
-        except StorageError as error:
-            if not _is_taken(error.__cause__):  # else an unpack was faster
-                raise
+        _commit_once(self.root / "results", key, files)  # an unpack may be faster
+        self.forget(key)
+
+    def forget(self, key: str) -> None:
+        """Removes the checkpoints of a finished stage; the caller holds its lease."""
         remove_folder(self.root / "unfinished" / key)
 
     def register(self, run: Path) -> None:
@@ -121,10 +120,41 @@ class Store:
         """The newest checkpoint that verifies; damaged ones are set aside."""
         return next((folder for folder in reversed(self._checkpoints(key)) if self._sound(folder)), None)
 
+    def carried(self, key: str) -> tuple[int, dict[str, bytes]] | None:
+        """Step and files of the newest checkpoint, for another store; None if newer ones replace it meanwhile, too."""
+        folder = self.checkpoint(key)
+        if folder is None:
+            return None
+        try:
+            return int(folder.name.rpartition("-")[2]), {path.name: path.read_bytes() for path in folder.iterdir()}
+        except FileNotFoundError:
+            return None
+
+    def adopt_checkpoint(self, key: str, step: int, files: Mapping[str, bytes]) -> Path:
+        """Commits what :meth:`carried` gave on a machine with the same kdcore.
+
+        Raises:
+            StorageError: it was damaged on its way, or there is no room.
+        """
+        return self.save_checkpoint(key, step, unsealed(files, f"checkpoint of {key[:12]}"))
+
     def _checkpoints(self, key: str) -> list[Path]:
         """Oldest first; by number, because names of 100 million steps are longer."""
         found = [(_CHECKPOINT.fullmatch(path.name), path) for path in self._names("unfinished", key)]
         return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+    # ------------------------------------------------------------ cached outputs
+
+    def part(self, key: str, name: str) -> Path | None:
+        """A part of what is cached under ``key`` if it is there and verifies; a damaged one is set aside."""
+        folder = self.root / "caches" / key / name
+        return folder if folder.is_dir() and self._sound(folder) else None
+
+    def save_part(self, key: str, name: str, files: Mapping[str, bytes]) -> Path:
+        """Commits a part; the lease of ``key`` keeps others from making it too, and ``collect`` from removing it."""
+        folder = self.root / "caches" / key
+        _commit_once(folder, name, files)
+        return folder / name
 
     # ------------------------------------------------------------ damage
 
@@ -180,8 +210,9 @@ class Store:
     def collect(self, keep: set[str], dry: bool = False) -> list[Path]:
         """Removes what no run needs and no process uses; returns it.
 
-        That is: results that are not in ``keep``; checkpoints of other keys and of finished stages; damaged and
-        half-written folders. What belongs to a key whose lease is held stays.
+        That is: results that are not in ``keep``; checkpoints of other keys and of finished stages; cached outputs,
+        which are made again where they are needed; damaged and half-written folders. What belongs to a key whose lease
+        is held stays.
         """
         rubbish = []
         for path in self._rubbish(keep):
@@ -194,6 +225,7 @@ class Store:
 
     def _rubbish(self, keep: set[str]) -> Iterator[Path]:
         finished = set(self.stored())
+        yield from self._names("caches")
         for part, needed in (("results", keep), ("unfinished", keep - finished)):
             for path in self._names(part):
                 if path.name.startswith(_RUBBISH) or (_KEY.fullmatch(path.name) and path.name not in needed):
@@ -211,7 +243,12 @@ class Store:
         archive.pack(self.root / "results", keys, target)
 
     def unpack(self, source: Path) -> list[str]:
-        """Adds the results of a tar file: all of them, or nothing if one is damaged. Returns the new keys."""
+        """Adds the results of a tar file: all of them, or nothing if one is damaged. Checkpoints of theirs are
+        forgotten, unless a process trains the key: then it forgets them at its end.
+
+        Returns:
+            The new keys.
+        """
         incoming = temporary_name(self.root / "results" / UNPACK)
         with self.lease(UNPACK, lambda holder: None):
             try:
@@ -233,7 +270,21 @@ class Store:
                 if not _is_taken(error):
                     raise
                 return False
+        unfinished = self.root / "unfinished" / folder.name
+        with storing(unfinished), if_free(self.root / "leases" / folder.name) as free:
+            if free and unfinished.is_dir():
+                remove_folder(unfinished)
         return True
+
+
+def _commit_once(parent: Path, name: str, files: Mapping[str, bytes]) -> None:
+    """Commits a folder unless it is there; another process that is faster does no harm."""
+    try:
+        if not (parent / name).is_dir():
+            commit(parent, name, files)
+    except StorageError as error:
+        if not _is_taken(error.__cause__):
+            raise
 
 
 def _locked(handle: int, path: Path) -> bool:

@@ -13,8 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kdcore.plugins import PluginHost, load_plugins
+
+# how long an example takes says how busy the machine is
+settings.register_profile("kdcore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kdcore")
 
 TINY = """
 seed = 0

@@ -21,7 +21,11 @@ from kdcore import hookspecs, registry
 
 RECORD = Path(__file__).parent / "hooks.json"
 ANYWHERE = "positional_or_keyword"
-MADE_BY_KDCORE = ("Registrar", "StepContext")  # plugins are given them, so how they are made is nobody's concern
+MADE_BY_KDCORE = (
+    "Depot",
+    "Registrar",
+    "StepContext",
+)  # plugins are given them, so how they are made is nobody's concern
 OPERATORS = ("__getitem__", "__len__")
 
 Signature: TypeAlias = list[dict[str, str]]
@@ -37,7 +41,7 @@ Contract: TypeAlias = dict[str, Any]
 def contract() -> Contract:
     """The contract as the sources state it now."""
     public = dict(_public())
-    protocols = {name: value for name, value in public.items() if getattr(value, "_is_protocol", False)}
+    protocols = {name: value for name, value in public.items() if _is_implemented(name, value)}
     called = {name: value for name, value in public.items() if name not in protocols and _is_ours(value)}
     hooks = {name: value for name, value in vars(hookspecs).items() if name.startswith("kdcore_")}
     return {
@@ -58,6 +62,10 @@ def _public() -> Iterator[tuple[str, Any]]:
     for package in (kdcore.data, kdcore.losses):
         rest = [name for name in package.__all__ if name not in kdcore.__all__]
         yield from ((f"{package.__name__.removeprefix('kdcore.')}.{name}", getattr(package, name)) for name in rest)
+
+
+def _is_implemented(name: str, value: Any) -> bool:
+    return getattr(value, "_is_protocol", False) and name not in MADE_BY_KDCORE
 
 
 def _is_ours(value: Any) -> bool:
@@ -99,7 +107,7 @@ def _signature(function: Callable[..., Any]) -> Signature:
 
 def _fields(cls: Any) -> Signature:
     """A dataclass by its fields: in a signature a default factory has no text of its own."""
-    return [_row(field.name, field.type, default=_default(field)) for field in dataclasses.fields(cls)]
+    return [_row(field.name, field.type, default=_default(field)) for field in dataclasses.fields(cls) if field.init]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -182,9 +190,19 @@ def _changed_call(old: Signature, new: Signature) -> list[str]:
     """A plugin calls it, by position or by name: what is new has a default, and comes last or by name alone."""
     given = [row["name"] for row in new if "default" in row or row.get("kind", "").startswith("var_")]
     needed = _only_in(_names(new), [*_names(old), *given])
-    found = [*_changed(old, new), *(f"new argument {name!r} has no default" for name in needed)]
+    found = [*_changed(old, _as_called(old, new)), *(f"new argument {name!r} has no default" for name in needed)]
     before, now = _names(old, by_position=True), _names(new, by_position=True)
     return found if found or now[: len(before)] == before else [_moved(before, now)]
+
+
+def _as_called(old: Signature, new: Signature) -> Signature:
+    """A function's argument that takes more than before is what it was, to those who call; fields are read, too."""
+    was = {row["name"]: row["annotation"] for row in old}
+    if was.pop("return", None) is None:  # a class has none
+        return new
+    known = [row for row in new if row["name"] in was]
+    wider = {row["name"] for row in known if row["annotation"].startswith(f"{was[row['name']]} | ")}
+    return [{**row, "annotation": was[row["name"]]} if row["name"] in wider else row for row in new]
 
 
 def _changed_implementation(old: Signature, new: Signature) -> list[str]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from kdcore.machine import make_context, make_settings
 from kdcore.plugins import PluginHost, load_plugins
 from kdcore.recipe import load
-from kdcore.runner import Run, make_context, make_settings
+from kdcore.runner import Run
 
 PROOFS = Path(__file__).parent / "coming" / "proofs.py"
 

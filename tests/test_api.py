@@ -105,7 +105,9 @@ def test_models_and_terms_are_those_of_a_recipe_too(tmp_path):
         objective=objective,
         keep="best",
         optimizer="adamw",
+        batch_size="auto",
     )
+    assert result["recipe"]["data"]["batch_size"] == 16  # of 180 samples
     assert result["recipe"]["train"]["optimizer"] == {"name": "adamw"}
     assert [term["loss"] for term in result["recipe"]["objective"]] == ["cross_entropy", "dkd"]
     assert isinstance(result.student(), nn.Module)

@@ -52,12 +52,12 @@ def test_the_generators_gradient_through_a_frozen_teacher_equals_autograds(tmp_p
     batch = session.source.batch(0)
     before = {name: tensor.clone() for name, tensor in generator.module.state_dict().items()}
     frozen = {name: tensor.clone() for name, tensor in teacher.module.state_dict().items()}
-    session.context.begin(0)
+    session.context.begin(0, 1, 1)
     session.step_kind(session.context, batch)
     found = [parameter.grad.clone() for parameter in generator.parameters]
 
     generator.module.load_state_dict(before)
-    session.context.begin(0)
+    session.context.begin(0, 1, 1)
     noise = torch.randn(128, sys.modules["proofs"].NOISE, generator=session.context.generator("generator"))
     torch.manual_seed(session.context.seed("generator"))  # the same dropout as in the step
     loss = 0.5 * F.cross_entropy(teacher.module(generator.module(noise)), batch.target)

@@ -47,6 +47,43 @@ def refuses(target: Store, source, what: str) -> None:
     assert names(target) == before
 
 
+def test_an_unpacked_result_needs_its_checkpoints_no_longer(packed, tmp_path):
+    other = Store(tmp_path / "other")
+    other.save_checkpoint(KEY, 5, FILES)
+    other.unpack(packed)
+    assert not list((other.root / "unfinished").iterdir())
+
+
+def test_checkpoints_of_a_key_that_is_trained_just_now_stay_until_that_ends(packed, tmp_path):
+    other = Store(tmp_path / "other")
+    other.save_checkpoint(KEY, 5, FILES)
+    with other.lease(KEY, lambda holder: None):
+        other.unpack(packed)
+        assert other.checkpoint(KEY)
+        other.save_result(KEY, FILES)
+    assert not list((other.root / "unfinished").iterdir())
+
+
+def test_a_checkpoint_goes_to_another_store_and_no_bit_of_it_changes_unnoticed(store, tmp_path):
+    other = Store(tmp_path / "other")
+    assert store.carried(KEY) is None
+    for step in (9, 123_456_789):
+        store.save_checkpoint(KEY, step, FILES)
+    step, files = store.carried(KEY)
+    chance = random.Random(0)
+    for name, data in files.items():
+        place = chance.randrange(len(data))
+        changed = data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1 :]
+        for wrong in ({**files, name: changed}, {n: d for n, d in files.items() if n != name}):
+            with pytest.raises(StorageError, match="not what was written"):
+                other.adopt_checkpoint(KEY, step, wrong)
+    assert not names(other)
+    path = other.adopt_checkpoint(KEY, step, files)
+    assert path.name == "ckpt-123456789"
+    assert other.checkpoint(KEY) == path
+    assert {name: (path / name).read_bytes() for name in FILES} == FILES
+
+
 def test_pack_and_unpack_give_the_same_results(store, packed, tmp_path):
     other = Store(tmp_path / "other")
     other.save_result(OTHER, FILES)

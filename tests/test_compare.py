@@ -7,7 +7,7 @@ import json
 import sys
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
@@ -83,7 +83,6 @@ PAIRS = st.lists(st.tuples(SHARES, SHARES), min_size=2, max_size=8)
 # ---------------------------------------------------------------- the interval
 
 
-@settings(deadline=None)
 @given(PAIRS)
 def test_the_interval_is_student_s_t_of_the_paired_differences(pairs):
     ours, theirs = zip(*pairs, strict=True)
@@ -95,7 +94,6 @@ def test_the_interval_is_student_s_t_of_the_paired_differences(pairs):
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-9, abs=1e-12)
 
 
-@settings(deadline=None)
 @given(PAIRS)
 def test_swapping_the_variants_turns_the_differences_around(pairs):
     ours, theirs = zip(*pairs, strict=True)
@@ -104,7 +102,6 @@ def test_swapping_the_variants_turns_the_differences_around(pairs):
     assert (there.mean, there.low, there.high) == (-back.mean, -back.high, -back.low)
 
 
-@settings(deadline=None)
 @given(PAIRS, st.randoms())
 def test_the_order_of_runs_decides_nothing_but_which_variant_is_the_first(pairs, random):
     ours, theirs = zip(*pairs, strict=True)

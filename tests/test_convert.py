@@ -112,7 +112,7 @@ def test_names_lose_what_torchs_wrappers_put_before_them(wrapper):
 
 
 @given(st.lists(st.text("am.", min_size=1, max_size=4), min_size=1, unique=True), st.integers(0, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_wrapping_changes_no_name_that_comes_out(names, times):
     assert plain_names(["module." * times + name for name in names]) == plain_names(names)
 
@@ -137,7 +137,7 @@ def test_tied_and_strided_tensors_come_out_whole():
         min_size=1, max_size=4,
     )
 )  # fmt: skip
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_state_dict_comes_out_as_it_went_in(shapes):
     state = {name: (torch.rand(shape) * 5).to(dtype) for name, (dtype, shape) in shapes.items()}
     if "n_averaged" not in state and plain_names(list(state)) == list(state):
@@ -218,7 +218,7 @@ def test_a_malicious_pickle_never_runs(canary, form):
 
 
 @given(st.integers(0, len(NEW) - 1), st.integers(0, 255), st.booleans(), st.sampled_from([NEW, OLD, save(STATE)]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_damaged_file_is_refused_or_read(place, value, cut, data):
     place %= len(data)
     damaged = data[:place] if cut else data[:place] + bytes([value]) + data[place + 1 :]

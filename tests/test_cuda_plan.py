@@ -9,7 +9,7 @@ from losses_table import _C, needs_compiled
 pytestmark = needs_compiled
 
 WARP, THREADS, GRID = 32, 256, 2**31
-many = settings(max_examples=1500, deadline=None)
+many = settings(max_examples=1500)
 cuts = {
     "rows": st.integers(0, 2_000_000) | st.integers(0, 300),
     "classes": st.integers(2, 300_000) | st.integers(2, 5000),
@@ -82,7 +82,7 @@ def test_words_are_read_only_where_they_are_aligned(rows, classes, **cut):
         assert wide == (alignment >= min(16, vector * cut["itemsize"]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(classes=st.integers(2, 6000), itemsize=st.sampled_from([2, 4, 8]), alignment=st.sampled_from([2, 4, 8, 16]))
 def test_every_class_is_one_threads_own(classes, itemsize, alignment):
     plan = plan_of(64, classes, itemsize=itemsize, alignment=alignment)

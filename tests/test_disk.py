@@ -253,13 +253,9 @@ class Disk(RuleBasedStateMachine):
 
 
 TestDisk = Disk.TestCase
-TestDisk.settings = settings(
-    max_examples=12, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestDisk.settings = settings(max_examples=12, stateful_step_count=30, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.long
 class TestDiskLong(Disk.TestCase):
-    settings = settings(
-        max_examples=400, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    settings = settings(max_examples=400, stateful_step_count=40, suppress_health_check=list(HealthCheck))

@@ -13,7 +13,8 @@ from test_readme import blocks
 import kdcore
 from kdcore.plan import SourceSpec, Spec
 from kdcore.plugins import load_plugins
-from kdcore.recipe import ObjectiveTable, _objective
+from kdcore.recipe import _objective
+from kdcore.tables import ObjectiveTable
 
 PAGE = (Path(__file__).parents[1] / "docs" / "features.md").read_text()
 (OWN,) = blocks("python", PAGE)

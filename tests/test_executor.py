@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+from small import make_run
 
 import kdcore.errors
 from kdcore import pool
-from kdcore.errors import DeviceError, Interrupted, KdError
-from kdcore.executor import Context, LocalExecutor
+from kdcore.errors import DeviceError, Interrupted, KdError, StorageError
+from kdcore.executor import Context, LocalExecutor, under_lease
 from kdcore.job import Job, Settings
-from kdcore.pool import Pool, _error
+from kdcore.pool import Pool, error_of
+from kdcore.store import Store
 from kdcore.worker import describe
 
 # ---------------------------------------------------------------- the protocol, with workers that train nothing
@@ -176,19 +179,49 @@ KNOWN = [cls for cls in vars(kdcore.errors).values() if isinstance(cls, type) an
 def test_an_error_keeps_its_class_its_text_and_its_exit_code_on_the_way(cls):
     error = cls("what", where="where", fix="fix")
     error.add_note("note")
-    again = _error(describe(error))
+    again = error_of(describe(error))
     assert type(again) is (kdcore.errors.DataError if cls is PluginsOwnError else cls)
     assert (str(again), again.exit_code, again.__notes__) == (str(error), error.exit_code, ["note"])
 
 
 def test_a_signal_keeps_its_number_on_the_way():
-    assert _error(describe(Interrupted(15))).exit_code == 143
+    assert error_of(describe(Interrupted(15))).exit_code == 143
 
 
 def test_another_error_brings_its_traceback():
     try:
         {}["missing"]
     except KeyError as error:
-        again = _error(describe(error))
+        again = error_of(describe(error))
     assert "KeyError: 'missing'" in str(again)
     assert "test_executor.py" in str(again)
+
+
+@pytest.mark.parametrize(("damage", "says"), [({"seconds": "long"}, "seconds"), ({"key": "0" * 64}, "result of 0000")])
+def test_what_an_executor_brings_is_read_as_any_stored_result(tmp_path, monkeypatch, damage, says):
+    execute = LocalExecutor.execute
+
+    def other(self, jobs, emit):
+        yield from ((key, {**result, **damage}) for key, result in execute(self, jobs, emit))
+
+    monkeypatch.setattr(LocalExecutor, "execute", other)
+    with pytest.raises(StorageError, match=says):
+        make_run(tmp_path, sets=["train.epochs=1"]).execute()
+
+
+def test_a_result_that_comes_from_another_machine_leaves_no_checkpoints(tmp_path):
+    made = make_run(tmp_path, sets=["train.epochs=1"])
+    made.execute()
+    job = made.keys.job(made.view.label_only("teacher", made.view.teacher))
+    there, here = made.store, Store(tmp_path / "here")
+    there.pack(tmp_path / "results.tar", [job.key])
+
+    def bring(store, send):
+        store.save_checkpoint(job.key, 3, {"state.json": b"{}"})
+        store.unpack(tmp_path / "results.tar")
+        return store.result(job.key)
+
+    job = replace(job, settings=replace(job.settings, store=str(here.root)))
+    under_lease(job, lambda: 0, lambda event: None, bring)
+    assert here.result(job.key) is not None
+    assert not list((here.root / "unfinished").iterdir())

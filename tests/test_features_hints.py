@@ -93,7 +93,7 @@ def test_an_adapter_of_another_shape_than_the_teacher_s_is_no_broadcast():
 
 
 @given(own=st.tuples(*[st.integers(1, 9)] * 2), other=st.tuples(*[st.integers(1, 9)] * 2))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_maps_match_at_the_smaller_size_by_adaptive_pooling(own, other):
     maps = torch.randn(2, 3, *own, dtype=torch.float64), torch.randn(2, 4, *other, dtype=torch.float64)
     size = min(own[0], other[0]), min(own[1], other[1])
@@ -177,7 +177,7 @@ def test_degenerate_maps_have_finite_singular_vectors_and_gradients(name, unfold
 
 
 @given(shape=st.tuples(*[st.integers(2, 6)] * 3), seed=st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_gradient_of_singular_vectors_is_that_of_autograd(shape, seed):
     generator = torch.Generator().manual_seed(seed)
     feature = torch.randn(2, *shape, generator=generator, dtype=torch.float64, requires_grad=True)

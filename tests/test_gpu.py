@@ -7,8 +7,14 @@ import torch
 from gpu_table import DEVICE, needs_op, on_a_gpu, on_device
 from losses_table import DTYPES, LOSSES, MODES, logits
 from small import RECIPE, file_hash, make_run
+from test_gpu_steps import no_waiting
 
+from kdcore import autosize
 from kdcore.losses._ops import numbers_tensor
+from kdcore.losses.terms import KD
+from kdcore.training import device as devices
+from kdcore.training import state
+from kdcore.training.ema import Average
 
 pytestmark = on_a_gpu
 ON_GPU = {**RECIPE, "device": "cuda", "student": {"model": "cnn", "size": 2, "width": 0.25}}
@@ -226,6 +232,95 @@ def test_the_seconds_of_members_are_the_gpus_own(tmp_path):
     assert sum(stage["member_seconds"].values()) <= stage["seconds"]
 
 
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_a_group_of_one_process_gives_what_no_group_gives(loss):
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        student, teacher, target = on_device(*logits(64, 21, torch.float32))
+        found = []
+        for group in (None, dist.group.WORLD):
+            leaf = student.clone().requires_grad_()
+            value = loss(leaf, teacher, target, normalize="class", ce_weight=1.0, group=group, backend="reference")
+            found.append((value.detach(), *torch.autograd.grad(value, leaf)))
+        for alone, shared in zip(*found, strict=True):
+            torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-7)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizers_count_of_steps_lies_after_a_resume_where_a_fresh_one_has_it(fused):
+    made = []
+    for _ in range(2):
+        weight = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+        weight.grad = torch.ones_like(weight)
+        made.append((weight, torch.optim.AdamW([weight], fused=fused)))
+    (weight, fresh), (other, resumed) = made
+    fresh.step()
+    loaded = {name: tensor.to(DEVICE) for name, tensor in state._optimizer_tensors(fresh)}
+    state._restore_optimizer(resumed, state._numbers(fresh), loaded)
+    assert resumed.state[other]["step"].device == fresh.state[weight]["step"].device
+
+
+def test_the_moving_average_never_waits_for_the_device():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).to(DEVICE)
+    average = Average(module, 0.9)
+    with no_waiting():
+        for _ in range(3):
+            average.update(module)
+
+
+def test_a_loss_has_labels_on_the_device_where_images_stay_on_the_host(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdcore.training.session.fits", lambda *given: False)
+    devices_of_labels = []
+    build = KD.build.__func__
+
+    def noting(cls, shapes, options):
+        devices_of_labels.append(shapes.labels.device.type)
+        return build(cls, shapes, options)
+
+    monkeypatch.setattr(KD, "build", classmethod(noting))
+    make_run(tmp_path, recipe=ON_GPU, sets=["train.epochs=1"]).execute()
+    assert devices_of_labels[-1] == "cuda"
+
+
 def test_bfloat16_trains_on_the_gpu(tmp_path):
     result = make_run(tmp_path, recipe={**ON_GPU, "precision": "bfloat16"}).execute()
     assert result["student"]["test_accuracy"] > 0.15
+
+
+def test_float16_trains_on_the_gpu(tmp_path):
+    result = make_run(tmp_path, recipe={**ON_GPU, "precision": "float16"}).execute()
+    assert result["student"]["test_accuracy"] > 0.15
+
+
+def test_the_batch_size_that_fits_the_gpu_is_bounded_by_the_split(tmp_path):
+    assert make_run(tmp_path, recipe=ON_GPU, sets=["data.batch_size=auto"]).view.data.batch_size == 128
+
+
+def test_the_batch_size_is_the_largest_that_leaves_memory_free(tmp_path, monkeypatch):
+    """Beside what is held before, which is not free in the first place."""
+    held, peaks = torch.empty(2**30, dtype=torch.uint8, device=DEVICE), []
+    made, watch = make_run(tmp_path, recipe=ON_GPU, sets=["precision=float16"]), devices.watched_memory
+
+    def watched(place):
+        peak = watch(place)
+        return lambda: peaks.append(peak()) or peaks[-1]
+
+    def largest(free):
+        peaks.clear()
+        monkeypatch.setattr(devices, "free_memory", lambda place: free)
+        return autosize.largest(made.view, made.host.catalog, made.settings, made.context.load, 1024)
+
+    monkeypatch.setattr(devices, "watched_memory", watched)
+    assert largest(2**40) == largest(2**40) == 1024  # the first one also takes what cuBLAS keeps
+    assert 0 < max(peaks) < held.nbytes
+    assert largest(max(peaks)) < 1024
+
+
+@pytest.mark.parametrize("sets", [["precision=float16"], ["cache.views=2"], ["train.accumulate=4"]])
+def test_a_batch_size_is_found_for_what_the_stage_will_be(tmp_path, sets):
+    result = make_run(tmp_path, recipe=ON_GPU, sets=["data.batch_size=auto", "train.epochs=1", *sets]).execute()
+    assert result["recipe"]["data"]["batch_size"] == 128

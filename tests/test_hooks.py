@@ -34,7 +34,8 @@ def test_the_record_holds_every_hook_every_kind_and_every_protocol() -> None:
     beside = {f"{package}.{name}" for package in ("data", "losses") for name in getattr(kdcore, package).__all__}
     assert {name for name in beside if name.partition(".")[2] not in kdcore.__all__} <= set(found["names"])
     protocols = {name.partition(".")[0] for name in found["implemented"]}
-    assert protocols == {"Controller", "Executor", "Exporter", "FailurePolicy", "Images", "Loss", "Source", "Strategy"}
+    stages = {"Controller", "FailurePolicy", "Images", "Loss", "Source"}
+    assert protocols == stages | {"Executor", "Exporter", "Strategy", "Worker"}
     required = {(kind.title().replace("_", ""), name) for kind, names in REQUIRED.items() for name in names}
     assert {f"{protocol}.{name}" for protocol, name in required} <= set(found["implemented"])
 
@@ -48,12 +49,13 @@ def row(name: str, annotation: str = "int", kind: str = ANYWHERE, default: str |
 
 
 NEW, BY_NAME = row("new", default="0"), row("word", kind="keyword_only")
+KEY, RETURN = row("key", kind="keyword_only"), row("return", "str")
 OLD = {
     "HOOKS_VERSION": 1,
     "hooks": {"kdcore_x": [row("run"), row("step")]},
     "called": {
         "Term": [row("loss"), row("weight", default="1.0")],
-        "suggest": [row("word"), row("key", kind="keyword_only")],
+        "suggest": [row("word"), KEY, RETURN],
     },
     "implemented": {"Loss.build": [row("shapes"), row("options")], "Loss.needs": [row("return", "frozenset[str]")]},
     "required": ["loss.build"],
@@ -86,7 +88,11 @@ def changed(part: str, name: str, signature: list[dict[str, str]] | None) -> lis
         ("called", "Term", [row("loss"), row("weight")], "'weight' was 1.0 by default, now it has to be given"),
         ("called", "Term", [*OLD["called"]["Term"], row("new")], "new argument 'new' has no default"),
         ("called", "Term", [row("loss"), NEW, row("weight", default="1.0")], "now they are (loss, new, weight)"),
-        ("called", "suggest", [BY_NAME, row("key", kind="keyword_only")], "'word' is keyword_only now"),
+        ("called", "suggest", [BY_NAME, KEY, RETURN], "'word' is keyword_only now"),
+        ("called", "suggest", [row("word", "str"), KEY, RETURN], "'word' was int, now it is"),
+        ("called", "suggest", [row("word"), KEY, row("return", "str | int")], "'return' was str, now it is"),
+        ("called", "suggest", [*OLD["called"]["suggest"], row("x", "None | int")], "new argument 'x' has no default"),
+        ("called", "Term", [row("loss", "int | str"), row("weight", default="1.0")], "'loss' was int, now it"),
         ("implemented", "Loss.build", None, "Loss.build is gone"),
         ("implemented", "Loss.build", [row("shapes"), row("settings")], "argument 'options' is gone"),
         ("implemented", "Loss.build", [row("options"), row("shapes")], "now they are (options, shapes)"),
@@ -128,9 +134,11 @@ def test_a_word_that_goes_is_said(part: str, old: str, new: str, says: str) -> N
         (
             "called",
             "suggest",
-            [row("word"), row("key", kind="keyword_only"), row("n", kind="keyword_only", default="1")],
+            [row("word"), row("key", kind="keyword_only"), row("n", kind="keyword_only", default="1"), RETURN],
         ),
-        ("called", "suggest", [row("word"), row("key")]),
+        ("called", "suggest", [row("word"), row("key"), RETURN]),
+        ("called", "suggest", [row("word", "int | str"), KEY, RETURN]),
+        ("called", "suggest", [*OLD["called"]["suggest"], row("x", "None | int", default="None")]),
         ("called", "Stage.outputs", [row("return", "None")]),
         ("implemented", "Exporter.write", [row("path")]),
     ],

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ train = { epochs = 20 }
 strategy = { name = "pair", seconds = 0.001 }
 execute = { checkpoint_seconds = 0, log_every = 7 }
 """
-SIGNALS = [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGINT, 2)]
+TWICE = [(signal.SIGTERM, 2), (signal.SIGINT, 1)]  # other pairs have both signals, and both numbers of workers
+SIGNALS = [(signal.SIGTERM, 1), (signal.SIGINT, 2), *(pytest.param(*pair, marks=pytest.mark.long) for pair in TWICE)]
 
 
 @dataclass
@@ -103,13 +105,13 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """Runs that were sent each signal with one and two workers, two at a time."""
-    found = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        roots = {jobs: tmp_path_factory.mktemp(f"{number.name}-{jobs}") for jobs in (1, 2)}
-        processes = {jobs: start(root, "--jobs", str(jobs)) for jobs, root in roots.items()}
-        for jobs, process in processes.items():
-            found[number, jobs] = stop(roots[jobs], number, jobs, process)
+    """Gives a run that was sent a signal, with one or two workers."""
+
+    @cache
+    def found(number: signal.Signals, jobs: int) -> Stopped:
+        root = tmp_path_factory.mktemp(f"{number.name}-{jobs}")
+        return stop(root, number, jobs, start(root, "--jobs", str(jobs)))
+
     return found
 
 
@@ -131,7 +133,7 @@ def test_two_runs_at_once_train_each_stage_once_and_end_equal(whole):
 
 @pytest.mark.parametrize(("number", "jobs"), SIGNALS)
 def test_a_signal_ends_a_run_within_seconds_with_its_exit_code_and_one_message(stopped, number, jobs):
-    end = stopped[number, jobs]
+    end = stopped(number, jobs)
     assert end.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     assert end.seconds < 10
     last = [line for line in end.err.splitlines() if "by a plugin" not in line]
@@ -142,7 +144,7 @@ def test_a_signal_ends_a_run_within_seconds_with_its_exit_code_and_one_message(s
 
 @pytest.mark.parametrize(("number", "jobs"), SIGNALS)
 def test_the_same_command_goes_on_from_there_to_the_same_weights(stopped, whole, tmp_path, capsys, number, jobs):
-    shutil.copytree(stopped[number, jobs].root, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(stopped(number, jobs).root, tmp_path, dirs_exist_ok=True)
     before = {path.parent.name: int(path.name[5:]) for path in sorted(tmp_path.glob("store/unfinished/*/ckpt-*"))}
     assert before
     assert all(step > 0 for step in before.values())
@@ -170,7 +172,7 @@ def test_a_second_signal_exits_at_once(tmp_path):
 
 def test_gc_keeps_the_checkpoints_of_a_stopped_run_and_removes_what_no_journal_names(stopped, tmp_path, capsys):
     root, store = tmp_path / "runs", tmp_path / "runs" / "store"
-    shutil.copytree(stopped[signal.SIGTERM, 1].root, root)
+    shutil.copytree(stopped(signal.SIGTERM, 1).root, root)
     before = sorted([*store.glob("unfinished/*/ckpt-*"), *store.glob("results/*")])
     assert before
     shutil.copytree(before[-1].parent, store / "unfinished" / ("d" * 64))
@@ -193,7 +195,7 @@ def check_full_disk(capsys, root: Path, number: int) -> None:
 
 
 def test_a_full_disk_ends_a_run_with_exit_code_4_and_it_goes_on_after(stopped, whole, tmp_path, capsys):
-    shutil.copytree(stopped[signal.SIGTERM, 1].root, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(stopped(signal.SIGTERM, 1).root, tmp_path, dirs_exist_ok=True)
     for number in (1, 9, 30, 60):
         check_full_disk(capsys, tmp_path, number)
     assert kdcore(capsys, tmp_path)[0] == 0

@@ -7,7 +7,7 @@ import os
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcore.errors import StorageError
@@ -58,7 +58,6 @@ def test_a_torn_last_line_is_cut_off_before_the_next_append(path):
 record = st.fixed_dictionaries({"kind": st.text(), "value": st.recursive(st.integers() | st.text(), st.lists)})
 
 
-@settings(deadline=None)  # it writes files, which take as long as they take
 @given(st.lists(record, max_size=5), st.data())
 def test_every_prefix_of_a_journal_reads_as_a_prefix_of_its_records(tmp_path_factory, records, data):
     path = tmp_path_factory.mktemp("journal") / "journal.jsonl"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kdcore_search.candidates import named
 from safetensors.torch import load_file, save_file
@@ -21,9 +21,10 @@ from kdcore.plan import ModelRef, Spec
 from kdcore.plugins import load_plugins
 from kdcore.recipe import compile_recipe, load
 from kdcore.testing.strategy import run_view
+from kdcore.training.ema import Average
 from kdcore.training.evaluate import evaluating
 from kdcore.training.mapped import Mapped
-from kdcore.training.member import Tapped, build_model, make_ema, tap_names
+from kdcore.training.member import Tapped, build_model, tap_names
 
 SUBSET = {"name": "subset", "of": 10, "classes": [7, 2, 5]}
 GROUPS = {"name": "groups", "of": 10, "groups": [[0, 3, 9], [1], [2, 4]]}
@@ -62,7 +63,6 @@ def maps(draw):
 # ---------------------------------------------------------------- the maths
 
 
-@settings(deadline=None)
 @given(maps(), st.integers(0, 999), st.sampled_from([1.0, 30.0, 1e4]))
 def test_mapped_probabilities_are_sums_renormalised_over_what_is_covered(made, seed, scale):
     classes, groups = made
@@ -128,11 +128,11 @@ def test_names_of_weights_taps_and_norms_stay():
 
 def test_a_moving_average_of_a_mapped_model_is_saved_and_read():
     mapped = Mapped(Norm(10), 10, ((5, 1), (0,)))
-    average = make_ema(mapped, 0.5)
+    average = Average(mapped, 0.5)
     mapped(torch.randn(4, 1, 8, 8))
-    average.update_parameters(mapped)
-    average.update_parameters(mapped)
-    again = make_ema(Mapped(Norm(10), 10, ((5, 1), (0,))), 0.5)
+    average.update(mapped)
+    average.update(mapped)
+    again = Average(Mapped(Norm(10), 10, ((5, 1), (0,))), 0.5)
     again.load_state_dict(average.state_dict())
     assert "module.body.2.weight" in average.state_dict()
     assert all(torch.equal(a, b) for a, b in zip(average.parameters(), again.parameters(), strict=True))

@@ -53,7 +53,7 @@ def pair():
         ({"stats": "detached"}, ValueError, 'stats has no meaning with normalize="none"'),
         ({"normalize": "class", "stats": (torch.zeros(4),)}, ValueError, "stats must be"),
         ({"normalize": "class", "stats": (torch.zeros(3),) * 4}, ValueError, r"four tensors of shape \(4,\)"),
-        ({"group": object()}, NotImplementedError, "Pass group=None"),
+        ({"group": object()}, TypeError, "Pass a torch.distributed.ProcessGroup"),
         ({"backend": "gpu"}, ValueError, "backend='gpu' is unknown"),
     ],
 )

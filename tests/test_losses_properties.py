@@ -1,6 +1,6 @@
 """The identities that the losses keep, for any logits, on every back end and instruction set.
 
-`make test` tries 500 cases of each on the compiled op (its instruction set is part of a case), `make test-long` 5,000;
+`make test` tries 300 cases of each on the compiled op (its instruction set is part of a case), `make test-long` 5,000;
 they differ from run to run. A failure prints how to get its case again.
 """
 
@@ -19,8 +19,8 @@ from losses_table import COMPILED, DTYPES, LOSSES, MODES, Slack, check, every_ba
 
 from kdcore.losses.normalise import class_statistics, normalise
 
-common = settings(deadline=None, derandomize=False, print_blob=True, suppress_health_check=list(HealthCheck))
-for name, examples in {"reference": 50, "cpu": 500, "reference-long": 500, "cpu-long": 5000}.items():
+common = settings(derandomize=False, print_blob=True, suppress_health_check=list(HealthCheck))
+for name, examples in {"reference": 50, "cpu": 300, "reference-long": 500, "cpu-long": 5000}.items():
     settings.register_profile(f"losses-{name}", common, max_examples=examples)
 
 

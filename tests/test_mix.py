@@ -36,7 +36,7 @@ CLASSES = 5
 INFO = DataInfo((2, 6, 7), CLASSES)
 CATALOG = load_plugins().catalog
 MODES = ("none", "class", "instance")
-quick = settings(deadline=None, max_examples=25)
+quick = settings(max_examples=25)
 kinds = st.sampled_from(["mixup", "cutmix"])
 alphas = st.sampled_from([0.05, 0.2, 1.0, 3.0, 8.0])
 

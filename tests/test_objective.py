@@ -20,7 +20,7 @@ from kdcore.outputs import Outputs
 from kdcore.plan import Term
 from kdcore.plugins import load_plugins
 from kdcore.recipe import compile_recipe, load
-from kdcore.training import session
+from kdcore.training import building
 from kdcore.training.member import LiveTerm, Tapped, tap_names
 from kdcore.training.objective import source_of, weighted_loss
 
@@ -186,7 +186,7 @@ def test_terms_on_logits_register_no_hooks(tmp_path, monkeypatch):
     def fail(*args):
         raise AssertionError("hooks for terms without features")
 
-    monkeypatch.setattr(session, "Tapped", fail)
+    monkeypatch.setattr(building, "Tapped", fail)
     make_run(tmp_path, recipe=recipe(ENTROPY, KD, {"loss": "dkd"}, epochs=1)).execute()
 
 

@@ -64,7 +64,7 @@ def test_options_of_what_takes_none_are_refused(host: PluginHost) -> None:
         ({"seed": -1}, "seed", "-1 is below 0"),
         ({"seed": 2**64}, "seed", f"{2**64} is not below {2**63}"),
         ({"device": "gpu"}, "device", "'gpu' does not fit"),
-        ({"precision": "float16"}, "precision", "'float16' is not 'float32' or 'bfloat16'"),
+        ({"precision": "float64"}, "precision", "'float64' is not 'float32', 'bfloat16' or 'float16'"),
         ({"channels_last": "yes"}, "channels_last", "'yes' is not true or false"),
         ({"train": 5}, "train", "5 is not a table"),
         ({"train": {"epochs": "5"}}, "train.epochs", "'5' is not a whole number"),
@@ -151,7 +151,7 @@ def test_model_of_a_strategy_is_named_by_its_key(host: PluginHost) -> None:
         ({"train": {"schedule": "cosin"}}, "train.schedule.name: unknown schedule 'cosin'. Did you mean 'cosine'?"),
         ({"strategy": "distil"}, "strategy.name: unknown strategy 'distil'. Did you mean 'distill'?"),
         ({"controller": ["dksd"]}, "controller[0].name: unknown controller 'dksd'. Did you mean 'dskd'?"),
-        ({"execute": {"name": "ray"}}, "execute.name: unknown executor 'ray'. Known: local."),
+        ({"execute": {"name": "locl"}}, "execute.name: unknown executor 'locl'. Did you mean 'local'?"),
     ],
 )
 def test_unknown_name_gets_a_did_you_mean(host: PluginHost, change: dict[str, Any], text: str) -> None:

@@ -154,7 +154,7 @@ VALUES = st.recursive(PLAIN, lambda v: st.lists(v, max_size=3) | st.dictionaries
 
 
 @given(st.lists(st.tuples(st.sampled_from(PATHS) | st.lists(KEYS, min_size=1, max_size=3), VALUES), max_size=3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_mutated_recipe_loads_or_raises_recipe_error(changes: list[tuple[tuple[str, ...], Any]]) -> None:
     data: Any = json.loads(json.dumps(BASE))
     for path, value in changes:
@@ -168,7 +168,7 @@ def test_mutated_recipe_loads_or_raises_recipe_error(changes: list[tuple[tuple[s
 
 
 @given(st.text(max_size=12), st.text(max_size=12))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_set_loads_or_raises_recipe_error(path: str, value: str) -> None:
     with contextlib.suppress(RecipeError):
         load(BASE, [f"{path}={value}"])

@@ -202,7 +202,7 @@ def test_irg_takes_the_mean_of_tokens_and_not_of_their_channels():
     torch.testing.assert_close(irg_loss(*sides, logits), irg_loss(*means, logits))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 30), st.integers(1, 30))
 def test_averages_are_those_of_adaptive_pooling(length, count):
     signal = normal(1, 2, length)

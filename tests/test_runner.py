@@ -69,6 +69,7 @@ def test_an_edited_plugin_loss_is_trained_again(tmp_path):
     assert len(hashes) == 2
 
 
+@pytest.mark.long  # test_workers has it with a worker that is killed
 def test_jobs_1_and_2_give_equal_weights(tmp_path):
     recipe = {**RECIPE, "controller": [{"name": "dskd"}]}
     for jobs in (1, 2):

@@ -16,7 +16,7 @@ from kdcore import RecipeError
 MODES = ("greedy", "beam", "exhaustive")
 SIZES = st.lists(st.integers(3, 19), min_size=1, max_size=4, unique=True)
 SHARES = st.sampled_from([0.3, 0.4, 0.5, 0.6, math.nan])
-QUICK = settings(max_examples=40, deadline=None)
+QUICK = settings(max_examples=40)
 
 
 @st.composite
@@ -94,7 +94,7 @@ def test_a_beam_of_width_1_is_greedy(search):
     assert beam.chosen == greedy.chosen
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SIZES, st.integers(1, 3), st.booleans(), st.booleans())
 def test_exhaustive_asks_for_each_prefix_once_a_seed_and_variant(sizes, seeds, controlled, baseline):
     baseline = baseline and controlled

@@ -128,6 +128,7 @@ def test_no_stage_costs_more_than_its_estimate(whole):
     )
 
 
+@pytest.mark.long
 def test_one_job_and_two_end_with_the_same_chain_decisions_and_weights(whole, resumed):
     (one, told), (two, result) = resumed, whole
     for name in ("note", "choices", "evidence"):

@@ -284,7 +284,7 @@ def expected_stop(name: str, options: dict[str, Any], script: Script) -> int | N
     return next((tick for n, (tick, _) in enumerate(found, 1) if due(values[:n])), None)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(played())
 def test_a_rule_stops_once_and_exactly_when_its_definition_says(case):
     name, options, script = case
@@ -294,7 +294,7 @@ def test_a_rule_stops_once_and_exactly_when_its_definition_says(case):
         assert expected >= options["patience"] + (name == "plateau")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(played())
 def test_a_rule_that_is_taken_up_again_after_any_tick_decides_as_if_it_had_not_been(case):
     name, options, script = case

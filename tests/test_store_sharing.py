@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from kdcore import store as sharing
 from kdcore.folders import verify
 from kdcore.store import Store
 
@@ -195,3 +196,17 @@ def test_a_gc_that_is_killed_leaves_no_half_result(store, monkeypatch):
     assert store.stored() == []
     store.collect(set())
     assert names(store) == []
+
+
+def test_a_part_that_another_process_stores_meanwhile_is_the_one_that_stays(store, monkeypatch):
+    commit, rows = sharing.commit, {"rows.safetensors": b"first"}
+
+    def overtaken(parent, name, files):
+        commit(parent, name, rows)
+        commit(parent, name, files)
+
+    monkeypatch.setattr(sharing, "commit", overtaken)
+    for _ in range(2):  # the second time it is there from the start
+        folder = store.save_part(KEY, "view-0-part-00000", {"rows.safetensors": b"second"})
+        assert store.part(KEY, folder.name) == folder
+        assert (folder / "rows.safetensors").read_bytes() == b"first"

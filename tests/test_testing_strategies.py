@@ -52,7 +52,7 @@ def test_logits_draws_the_cases_that_losses_fail_at(holds):
     find(logits(masked=True), lambda x: bool(holds(x)), settings=settings(max_examples=500, database=None))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(plans())
 def test_a_plan_is_sound_json_whose_stages_come_after_their_inputs(stages):
     known = {}

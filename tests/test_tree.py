@@ -7,7 +7,7 @@ import json
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from small import RECIPE, die_at_step_30, make_run
@@ -224,7 +224,6 @@ LIVES = [
 ]
 
 
-@settings(deadline=None)
 @given(st.permutations([i for i, life in enumerate(LIVES) for _ in life]))
 def test_stages_at_the_same_time_grow_the_tree_of_stages_one_by_one(order):
     script = asked(TEACHER, CONTROL, DIRECT, ASSISTANT, LONG, BARE)

@@ -85,7 +85,7 @@ def test_a_card_that_makes_no_sense_is_refused(trained, tmp_path, changes):
 
 
 @given(st.binary(max_size=200), st.integers(0, 2**64 - 1) | st.none(), st.booleans())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_are_a_card_no_card_or_a_storage_error(tmp_path, data, size, nested):
     body = b'{"__metadata__":{"kdcore":"' + b"[" * 50_000 if nested else data
     path = tmp_path / "any.safetensors"

@@ -129,6 +129,7 @@ def resume(
     strict_plugins: StrictPlugins = False,
 ) -> None:
     """Go on with a run from its folder."""
+    from ..ranks import ranks
     from ..recipe import load
     from .console import RunConsole
     from .drive import drive
@@ -138,6 +139,10 @@ def resume(
     if any(OWN in plugin for plugin in saved.plugins):
         fix = "Make the same call of kdcore.distill again: it goes on."
         raise RecipeError("its modules and data were handed over in Python", where=str(folder), fix=fix)
+    if saved.world_size != (now := ranks().size):
+        command = f"torchrun --nproc-per-node {saved.world_size} -m kdcore" if saved.world_size > 1 else "kdcore"
+        what = f"it was trained by {saved.world_size} processes, not {now}, and other parts give other bits"
+        raise RecipeError(what, where=str(folder), fix=f"Run `{command} resume {folder}`.")
     files, blocked = saved.plugin_files, [*saved.blocked, *_blocked(block)]
     folder = folder.resolve()
     if saved.cwd.is_dir():
@@ -298,7 +303,7 @@ def _store_app() -> typer.Typer:
 
     @app.command("gc")
     def gc(root: Root = RUNS, store: StoreDir = None, dry_run: DryRun = False) -> None:
-        """Remove results that no run under ROOT names, stale checkpoints and damaged folders."""
+        """Remove results that no run under ROOT names, stale checkpoints, damaged folders and teachers' caches."""
         from .drive import collect
 
         collect(root, store or root / "store", dry_run)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..plugins import PluginHost
+from ..ranks import ranks
 
 
 def examine(host: PluginHost) -> None:
@@ -47,6 +48,9 @@ def _torch_facts() -> Iterator[tuple[str, str]]:
 
     yield "CUDA devices", ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"
     yield "threads", str(torch.get_num_threads())
+    talk = [name for name in ("gloo", "nccl") if torch.distributed.is_backend_available(name)]
+    own = ranks()
+    yield "processes", f"{own.size}, this is rank {own.rank}; torchrun starts more, which talk by {' and '.join(talk)}"
 
 
 def _back_ends() -> Iterator[tuple[str, str]]:

@@ -9,15 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import hookspecs, recipe
+from .. import hookspecs, tables
 from ..errors import RecipeError, suggest
 from ..origin import Origin
 from ..plugins import PluginHost
 from ..registry import Entry
 
-TABLES: dict[str, type[recipe.Table]] = {
-    "loss": recipe.ObjectiveTable, "model": recipe.ModelTable, "dataset": recipe.DataTable,
-    "executor": recipe.ExecuteTable,
+TABLES: dict[str, type[tables.Table]] = {
+    "loss": tables.ObjectiveTable, "model": tables.ModelTable, "dataset": tables.DataTable,
+    "executor": tables.ExecuteTable,
 }  # fmt: skip
 """Tables of a recipe that have keys beside the options of what they name."""
 
@@ -77,7 +77,7 @@ def show_name(host: PluginHost, name: str, kind: str | None = None) -> None:
 
 def _words(key: str, field: FieldInfo) -> Iterator[Text]:
     """A row of the table of options."""
-    default = field.default.name if isinstance(field.default, recipe.Named) else field.default
+    default = field.default.name if isinstance(field.default, tables.Named) else field.default
     kind = getattr(field.annotation, "__name__", None) or str(field.annotation)
     texts = (key, kind, "required" if field.is_required() else str(default), field.description or "")
     return (Text(text) for text in texts)

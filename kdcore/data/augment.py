@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..options import Options
-from .options import ShiftOptions
+from .options import CutoutOptions, ShiftOptions
 from .random import Random
 from .types import Batch
 
@@ -60,3 +60,35 @@ def flip(images: Tensor, random: Random, options: Options) -> Tensor:
     """Mirrors each image [B, C, H, W] left to right with probability one half."""
     mirrored = random.uniform("flip") < 0.5
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+
+
+class Cutout:
+    """The transform ``cutout``."""
+
+    def __init__(self, options: CutoutOptions) -> None:
+        self.options = options
+
+    def __call__(self, batch: Batch, random: Random) -> Batch:
+        return replace(batch, inputs=cutout(batch.inputs, random, self.options))
+
+
+def cutout(images: Tensor, random: Random, options: CutoutOptions) -> Tensor:
+    """Zeros, which are the mean colour, in a square of each image (DeVries & Taylor 2017, arXiv 1708.04552).
+
+    Its centre is any pixel of the image; what of the square lies outside is cut off.
+
+    Args:
+        images: [B, C, H, W], normalised.
+        random: one stream of numbers a sample.
+        options: how large.
+    """
+    height, width = images.shape[2:]
+    rows, columns = (_near(random, f"cutout.{axis}", n, options.size) for axis, n in (("y", height), ("x", width)))
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+
+def _near(random: Random, lane: str, length: int, size: int) -> Tensor:
+    """[B, length] bool, True in the ``size`` pixels around a centre, be they fewer at a border."""
+    first = random.integers(lane, 0, length)[:, None] - size // 2
+    pixels = torch.arange(length, device=first.device)
+    return (pixels >= first) & (pixels < first + size)

@@ -73,6 +73,10 @@ class ShiftOptions(Options):
     pixels: int = Field(ge=1, description="the largest shift in pixels, at least 1, such as 4 for 32x32 images")
 
 
+class CutoutOptions(Options):
+    size: int = Field(ge=1, description="the square's side in pixels, at least 1, such as 16 for CIFAR-10")
+
+
 class MixUpOptions(Options):
     alpha: float = Field(0.2, gt=0, description="an alpha above 0; shares are drawn from Beta(alpha, alpha)")
     p: float = Field(1.0, ge=0, le=1, description="the probability that a sample is mixed, from 0 to 1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -16,6 +16,7 @@ from ..options import Options as NoOptions
 from ..seeds import derive
 from .loading import Feed, Reader, Request, read_batches
 from .random import Random
+from .residency import Ahead
 from .types import Batch, Split, Splits, TrainData
 
 Transform: TypeAlias = Callable[[Batch, Random], Batch]
@@ -34,6 +35,8 @@ class SourceContext:
         transforms: augmentations, in order.
         device: where batches are wanted.
         workers: processes that read ahead where images are :class:`kdcore.Images`; 0 to read in this one.
+        views: augmentations repeat after so many epochs; 0 for new ones in every epoch.
+        resident: the training images may be put on the device; they fit there.
     """
 
     data: TrainData
@@ -43,10 +46,15 @@ class SourceContext:
     transforms: tuple[Transform, ...]
     device: torch.device
     workers: int = 0
+    views: int = 0
+    resident: bool = True
 
 
 class Source(Protocol):
     """Gives batches. ``knobs`` holds what ``Set("data.NAME", value)`` may change, with its current value.
+
+    A source whose batches are samples of the training split also has ``walk(parts, epoch)``, which gives a batch for
+    each [B] positions of a list, as they are augmented in ``epoch``: teachers' outputs are cached by it.
 
     A source that cannot be a pure function of the step (a replay buffer, an iterator) also has ``state_dict`` and
     ``load_state_dict`` with a flat dict of tensors and JSON values; they go into checkpoints. One that holds processes
@@ -81,7 +89,8 @@ class Normalizer:
 class EpochSource:
     """The training split, shuffled anew every epoch.
 
-    A tensor is resident on the device (uint8 stays uint8 there); images that do not fit are read ahead by processes.
+    A tensor is resident on the device if it fits there (uint8 stays uint8), else batches come from the host, one ahead.
+    Images that are read are read ahead by processes.
 
     The order is a function of (run seed, data fingerprint, epoch), an augmentation one of (run seed, sample, epoch).
     Images are normalised before the transforms run, so zeros that a transform fills in are the mean colour.
@@ -98,21 +107,47 @@ class EpochSource:
 
     def __init__(self, options: NoOptions, context: SourceContext) -> None:
         self.context = context
-        self.train = context.data.split.to(context.device)
+        split = context.data.split
+        self.train = (
+            split.to(context.device) if context.resident else Split(split.images, split.labels.to(context.device))
+        )
         self.steps_per_epoch = _steps(len(self.train), context.batch_size, context.drop_last)
         self.knobs: dict[str, Any] = {}
         self._normalize = Normalizer.of(context.data, context.device)
         self._augment_seed = derive(context.seed, "augment")
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
+        self._host_order = self._order
         images = self.train.images
         self._feed = None if isinstance(images, Tensor) else self._fed(Reader(images, self._augment_seed))
+        self._ahead = None
+        if isinstance(images, Tensor) and not context.resident:
+            self._ahead = Ahead(images, context.device, self._host_index)
 
     def batch(self, step: int) -> Batch:
-        epoch, position = divmod(step, self.steps_per_epoch)
-        index = self._part(self._epoch_order(epoch), position)
-        batch = Batch(self._normalize(self._images(step, index)), self.train.labels[index], index, epoch)
+        epoch = step // self.steps_per_epoch
+        index = self._part(self._epoch_order(epoch), step)
+        return self._augmented(self._images(step, index), index, epoch)
+
+    def walk(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
+        """The samples at each of ``parts`` [B] int64, as they are augmented in an epoch."""
+        for index, images in zip(parts, self._read(parts, epoch), strict=True):
+            yield self._augmented(images, index.to(self.context.device), epoch)
+
+    def _read(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:
+        images, context = self.train.images, self.context
+        if isinstance(images, Tensor):
+            return (images.index_select(0, index.to(images.device)).to(context.device) for index in parts)
+        requests: Iterator[Request] = ((index.cpu().numpy(), self._view(epoch)) for index in parts)
+        return read_batches(Reader(images, self._augment_seed), requests, context.workers, context.device)
+
+    def _view(self, epoch: int) -> int:
+        """Epochs of one view are augmented alike."""
+        return epoch % self.context.views if self.context.views else epoch
+
+    def _augmented(self, images: Tensor, index: Tensor, epoch: int) -> Batch:
+        batch = Batch(self._normalize(images), self.train.labels[index], index, epoch)
         for transform in self.context.transforms:
-            batch = transform(batch, Random(self._augment_seed, batch.index, epoch))
+            batch = transform(batch, Random(self._augment_seed, batch.index, self._view(epoch)))
             if not isinstance(batch, Batch):
                 where = f"transform {type(transform).__module__}:{type(transform).__qualname__}"
                 raise PluginError(f"gave {type(batch).__name__}", where=where, fix="It must give a kdcore.Batch.")
@@ -128,26 +163,31 @@ class EpochSource:
         seed = derive(self.context.seed, "order", self.context.data.fingerprint, epoch)
         return torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
 
-    def _part(self, order: Tensor, position: int) -> Tensor:
-        size = self.context.batch_size
-        return order[position * size : (position + 1) * size]
+    def _part(self, order: Tensor, step: int) -> Tensor:
+        start = step % self.steps_per_epoch * self.context.batch_size
+        return order[start : start + self.context.batch_size]
 
     def _images(self, step: int, index: Tensor) -> Tensor:
-        if isinstance(self.train.images, Tensor):
-            return self.train.images.index_select(0, index)
-        assert self._feed is not None
-        return self._feed.at(step)
+        if self._ahead is not None:
+            return self._ahead.at(step)
+        if self._feed is not None:
+            return self._feed.at(step)
+        assert isinstance(self.train.images, Tensor)
+        return self.train.images.index_select(0, index)
 
     def _fed(self, reader: Reader) -> Feed:
         return Feed(lambda step: read_batches(reader, self._requests(step), self.context.workers, self.context.device))
 
-    def _requests(self, step: int) -> Iterator[Request]:
-        """The batches from ``step`` on, without end: the next epoch is read while this one is evaluated."""
-        first, start = divmod(step, self.steps_per_epoch)
-        for epoch in itertools.count(first):
-            order = self._drawn(epoch)
-            for position in range(start if epoch == first else 0, self.steps_per_epoch):
-                yield self._part(order, position).numpy(), epoch
+    def _requests(self, first: int) -> Iterator[Request]:
+        """The batches from a step on, without end: the next epoch is read while this one is evaluated."""
+        for step in itertools.count(first):
+            yield self._host_index(step).numpy(), self._view(step // self.steps_per_epoch)
+
+    def _host_index(self, step: int) -> Tensor:
+        epoch = step // self.steps_per_epoch
+        if self._host_order[0] != epoch:
+            self._host_order = (epoch, self._drawn(epoch))
+        return self._part(self._host_order[1], step)
 
     def close(self) -> None:
         """Ends the processes that read ahead."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from ..errors import DeviceError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 MOST_WORKERS = 32  # each holds some batches
 
 
@@ -29,6 +31,29 @@ def resolve(name: str) -> torch.device:
     return torch.device(name)
 
 
+def make_current(device: torch.device) -> None:
+    """What asks for "cuda" without a number gets this device from now on."""
+    torch.cuda.set_device(device)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that new tensors may take on a GPU, with what torch holds there unused; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
+def watched_memory(device: torch.device) -> Callable[[], int]:
+    """Gives, whenever it is called, the most bytes that new tensors took on a GPU since now; 0 on a CPU."""
+    if device.type != "cuda":
+        return lambda: 0
+    torch.cuda.init()  # type: ignore[no-untyped-call]  # there are no statistics before
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    return lambda: torch.cuda.max_memory_allocated(device) - before
+
+
 def default_threads(jobs: int) -> int:
     """Cores of this process shared by ``jobs``."""
     return max(1, len(os.sched_getaffinity(0)) // jobs)
@@ -40,6 +65,28 @@ def default_workers(jobs: int) -> int:
 
 
 @contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """Inside, malloc gives no large block back to the system. glibc does that with every batch's tensors: their pages
+    fault again at each step, a tenth of a small student's time. At the end all that is free goes back, and blocks are
+    mapped from the size on at which glibc's own rule ends, which a setting turns off for good.
+    """
+    libc = ctypes.CDLL(None)
+    own = any(name.startswith("MALLOC_") or name in ("LD_PRELOAD", "GLIBC_TUNABLES") for name in os.environ)
+    if not hasattr(libc, "mallopt") or own:
+        yield  # no glibc, another malloc, or somebody's own setting
+        return
+    try:
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        yield
+    finally:
+        libc.mallopt(M_MMAP_MAX, 65536)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        libc.mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
+        libc.malloc_trim(0)
+
+
+@contextlib.contextmanager
 def sandbox(device: torch.device, threads: int) -> Iterator[None]:
     """Fixes threads and deterministic convolutions inside, and gives back the caller's, random state included."""
     before = torch.get_num_threads()
@@ -47,6 +94,7 @@ def sandbox(device: torch.device, threads: int) -> Iterator[None]:
     with (
         torch.random.fork_rng(devices=devices),
         torch.backends.cudnn.flags(benchmark=False, deterministic=True),
+        kept_memory() if device.type == "cpu" else contextlib.nullcontext(),
     ):
         torch.set_num_threads(threads)
         try:
@@ -56,8 +104,9 @@ def sandbox(device: torch.device, threads: int) -> Iterator[None]:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bfloat16 autocast, or nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    """Autocast to bfloat16 or float16, or nothing."""
+    dtype = torch.float16 if precision == "float16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "float32")
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:

@@ -41,18 +41,16 @@ def accuracy(
 
     Adds to ``correct`` one tensor a batch, [B] bool, True where it is right.
     """
-    right = torch.zeros((), dtype=torch.int64, device=session.device)
-    loss = torch.zeros((), dtype=torch.float64, device=session.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=session.device)  # right ones, and loss
     with evaluating(module), session.autocast():
         for inputs, target in session.evaluated(split):
             logits = module(inputs).float()
             hits = logits.argmax(1) == target
-            right += hits.sum()
             if correct is not None:
                 correct.append(hits)
-            loss += F.cross_entropy(logits, target, reduction="sum")
-    total = len(split)
-    return {"accuracy": right.item() / total, "loss": loss.item() / total}
+            sums += torch.stack([hits.sum().double(), F.cross_entropy(logits, target, reduction="sum").double()])
+    right, loss = session.world.sum(sums).tolist()
+    return {"accuracy": right / len(split), "loss": loss / len(split)}
 
 
 def metrics(session: Session, learner: Learner) -> dict[str, float]:
@@ -70,7 +68,7 @@ def metrics(session: Session, learner: Learner) -> dict[str, float]:
                 value = session.metrics[name](student_logits, teacher_logits, target)
                 _check_metric(name, value, len(target))
                 sums[name] += value.sum()
-    return {name: total.item() / len(session.splits.monitor) for name, total in sums.items()}
+    return {name: session.world.sum(total).item() / len(session.splits.monitor) for name, total in sums.items()}
 
 
 def _check_metric(name: str, value: Any, samples: int) -> None:

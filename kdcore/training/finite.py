@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import NumericError
 from .member import Learner
-from .session import Session
+
+if TYPE_CHECKING:
+    from .session import Session
 
 
 def check_finite(session: Session, learners: Iterable[Learner]) -> None:

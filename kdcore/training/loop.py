@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..codec import decode
 from ..data import Batch, Splits
 from ..data.loading import lost
 from ..errors import Interrupted, NumericError, PlanError, PluginError, suggest
 from ..job import Emit, Job
-from ..plan import Decision, Drop, Finish, Json, Set, TickView
+from ..plan import Decision, Drop, Json, Set, TickView
 from ..registry import Catalog
 from ..store import Store
 from ..stored import check_stored
-from . import device, evaluate, memory, state
+from . import device, evaluate, memory, parts, state
+from .compiled import fresh_graphs
 from .finite import check_finite, diverge
 from .member import Learner, classifies, host_state
 from .preflight import preflight
 from .result import finish
 from .session import Session, curves, open_session
+from .world import ALONE, World
 
 
 def run_stage(
@@ -32,6 +37,7 @@ def run_stage(
     store: Store,
     emit: Emit,
     stopped: Callable[[], int] = lambda: 0,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Trains a stage, or goes on with it, and commits its result.
 
@@ -42,6 +48,7 @@ def run_stage(
         store: results that it needs, its checkpoints, its result.
         emit: told of progress, ticks, decisions, warnings and checkpoints.
         stopped: a signal number if the process was asked to stop, else 0; read after every step.
+        world: the processes that call this with the same job at the same time; rank 0 decides and writes.
 
     Returns:
         The content of the result's result.json.
@@ -51,14 +58,14 @@ def run_stage(
         NumericError, DataError, PlanError, DeviceError, StorageError: what their names say; the last checkpoint stays.
     """
     place = device.resolve(job.settings.device)
-    with device.sandbox(place, job.settings.threads):
+    with device.sandbox(place, job.settings.threads), fresh_graphs(job.settings.compile):
         stage = decode(job.name, job.stage)
-        inputs = {key: _needed(store, key) for key in job.needs}
+        inputs = {key: _needed(store, key, world or ALONE) for key in job.needs}
         used = curves(inputs, stage.uses.items())
         again: memory.Again | None = None
         while True:
-            opened = partial(open_session, job, catalog, load(stage.data), store, emit, used)
-            found = _attempt(opened, job, catalog, inputs, stopped, again)
+            opened = partial(open_session, job, catalog, load(stage.data), store, emit, used, stopped, world or ALONE)
+            found = _attempt(opened, job, catalog, inputs, again)
             if not isinstance(found, memory.Again):
                 return found
             again = found
@@ -70,14 +77,13 @@ def _attempt(
     job: Job,
     catalog: Catalog,
     inputs: Mapping[str, Any],
-    stopped: Callable[[], int],
     again: memory.Again | None,
 ) -> dict[str, Any] | memory.Again:
     """The result, or the next try if memory ran out; nothing that this one held outlives it."""
     session: Session | None = None
     try:
         session = opened()
-        _train(session, inputs, stopped, again)
+        _train(session, inputs, again)
         return finish(session)
     except (RuntimeError, MemoryError) as error:
         if died := lost(error):
@@ -90,25 +96,35 @@ def _attempt(
             session.close()
 
 
-def _needed(store: Store, key: str) -> dict[str, Any]:
+def _needed(store: Store, key: str, world: World) -> dict[str, Any]:
+    if not world.leads:
+        world.see(store.root / "results" / key)
     found = store.result(key)
     if found is None:
         raise PlanError(f"the result {key[:12]} that it needs is not in the store", where="job")
     return check_stored(found, key)
 
 
-def _train(session: Session, inputs: Mapping[str, Any], stopped: Callable[[], int], again: memory.Again | None) -> None:
+def _train(session: Session, inputs: Mapping[str, Any], again: memory.Again | None) -> None:
     _begin(session, inputs, again)
-    clock = Clock(session)
+    clock, first = Clock(session), session.step + 1
+    session.begin_tick()
+    clock.speed()  # from here on
     while not session.over:
         _step(session)
+        if session.step == first:
+            parts.check(session)
         if session.step % session.steps_per_tick == 0:
-            _tick(session, clock)
+            try:
+                _tick(session, clock)
+            except Interrupted:  # while a teacher's outputs were computed
+                clock.checkpoint()
+                raise
         elif session.step % session.job.settings.log_every == 0:
             _log(session, clock)
         if session.over:
             break
-        if signal := stopped():
+        if signal := clock.signal(session.stopped):
             _log(session, clock)
             clock.checkpoint()
             raise Interrupted(signal)
@@ -118,19 +134,31 @@ def _train(session: Session, inputs: Mapping[str, Any], stopped: Callable[[], in
 
 def _begin(session: Session, inputs: Mapping[str, Any], again: memory.Again | None) -> None:
     """Goes on from the newest checkpoint, or checks the teachers before the first step."""
-    folder = session.store.checkpoint(session.job.key)
+    folder = _checkpoint(session)
     if folder is not None:
         state.unpack(session, folder)
+    parts.check(session)
     if again is not None:
         memory.begin(session, again)
     if folder is None:
         check_finite(session, session.learners.values())  # given weights may be anybody's
-        session.warnings += preflight(session, inputs)
+        session.warnings += preflight(session, inputs) + parts.warnings(session)
     for text in session.warnings:
         session.emit({"kind": "warning", "text": text, "preflight": True})
     ticks = {"tick": session.tick, "ticks": session.ticks, "every": session.stage.tick, "step": session.step}
     session.emit({"kind": "stage_started", **ticks, "events": list(session.events)})
-    session.begin_tick()
+    images = session.splits.train.images
+    if not session.resident and isinstance(images, Tensor):
+        size = images.nbytes / 2**30
+        text = f"training images ({size:.1f} GiB) are more than half of the free memory: they stay on the host"
+        session.emit({"kind": "note", "text": text})
+
+
+def _checkpoint(session: Session) -> Path | None:
+    """The newest one, which rank 0 verifies."""
+    found = session.store.checkpoint(session.job.key) if session.world.leads else None
+    path = session.world.of_first(None if found is None else str(found))
+    return None if path is None else session.world.see(Path(str(path)))
 
 
 class Clock:
@@ -140,6 +168,7 @@ class Clock:
         self.session = session
         self.started = self.logged = self.saved = time.perf_counter()
         self.before, self.logged_step = session.seconds, session.step
+        self.stride = 1  # steps between two questions to the other ranks
 
     def stop(self) -> None:
         """Brings the session's seconds up to now."""
@@ -153,6 +182,19 @@ class Clock:
         self.logged, self.logged_step = now, self.session.step
         return speed
 
+    def pace(self, images: float) -> None:
+        """Settles on rank 0's steps a second, if so many images pass in one, as the ranks' stride."""
+        session = self.session
+        steps = int(images / session.stage.data.batch_size)
+        self.stride = int(session.world.of_first(max(1, min(steps, session.job.settings.log_every))))
+
+    def signal(self, stopped: Callable[[], int]) -> int:
+        """What any rank was asked to stop by, else 0. Ranks ask each other once a second: that costs a round trip."""
+        session = self.session
+        if session.world.size == 1:
+            return stopped()
+        return 0 if session.step % self.stride else session.world.any(stopped())
+
     def checkpoint_if_due(self) -> None:
         """Checkpoints at a log point if the last one is older than the recipe wants; 0 seconds mean every tick."""
         seconds = self.session.job.settings.checkpoint_seconds
@@ -162,8 +204,10 @@ class Clock:
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Writes a checkpoint now."""
+        """Writes a checkpoint now; of several ranks the first does."""
         session = self.session
+        if not session.world.leads:
+            return
         self.stop()
         path = session.store.save_checkpoint(session.job.key, session.step, state.pack(session))
         self.saved = time.perf_counter()
@@ -171,19 +215,28 @@ class Clock:
 
 
 def _step(session: Session) -> None:
-    session.context.begin(session.step)
+    take_step(session, session.world)
+
+
+def take_step(session: Session, world: World) -> None:
+    """Trains the part of the next batch that this rank has in a world."""
     batch = session.source.batch(session.step)
     if not isinstance(batch, Batch):
         where = f"source {session.stage.data.source.name!r}"
         raise PluginError(f"gave {type(batch).__name__}", where=where, fix="It must give a kdcore.Batch.")
-    session.step_kind(session.context, batch)
+    part = world.part(batch)
+    session.context.begin(session.step, len(part.inputs), len(batch.inputs))
+    session.step_kind(session.context, part)
     session.step += 1
 
 
 def _log(session: Session, clock: Clock) -> None:
-    means = session.meters.flush(session.stage.name, partial(diverge, session))
+    means = session.meters.flush(session.stage.name, partial(diverge, session), session.world)
+    check_finite(session, session.taught)  # before a checkpoint, and by all ranks alike
     session.stopwatch.settle()
     speed = clock.speed()
+    if session.world.size > 1:
+        clock.pace(speed)
     place = {"step": session.step, "ticks": session.ticks, "done": session.step / session.steps_per_tick}
     session.emit({"kind": "log", **place, "metrics": {**means, "images_per_second": speed}})
 
@@ -193,7 +246,6 @@ def _tick(session: Session, clock: Clock) -> None:
     rates = {learner.name: _rate(session, learner) for learner in session.trained}
     _log(session, clock)
     means = session.meters.take()
-    check_finite(session, session.taught)
     session.tick += 1
     for learner in session.trained:
         learner.still = None
@@ -206,6 +258,7 @@ def _tick(session: Session, clock: Clock) -> None:
     ticks = {"tick": session.tick, "ticks": session.ticks, "step": session.step}
     session.emit({"kind": "tick", **ticks, "metrics": now})
     _decide(session)
+    parts.check(session)
     session.begin_tick()
     session.finished = session.finished or not session.trained
 
@@ -223,6 +276,8 @@ def _measure(session: Session, learner: Learner, means: Mapping[str, float], rat
         if name.startswith(f"{learner.name}.")
     }
     row["lr"] = rate
+    if learner.scaler is not None:
+        row |= learner.scaler.take()
     if not classifies(learner.module):
         return row
     row |= _accuracy(session, learner)
@@ -254,6 +309,15 @@ def _still(session: Session, learner: Learner) -> dict[str, float]:
 
 
 def _decide(session: Session) -> None:
+    """Asks the controllers and does what they say; of several ranks the first asks."""
+    events = list(_decisions(session)) if session.world.leads else None
+    for event in session.world.of_first(events):
+        _apply(session, event)
+        session.events.append(event)
+        session.emit({"kind": "decision", "event": event})
+
+
+def _decisions(session: Session) -> Iterator[dict[str, Json]]:
     view = TickView(
         tick=session.tick,
         epoch=session.epoch,
@@ -265,8 +329,7 @@ def _decide(session: Session) -> None:
     )
     for name, controller in session.controllers:
         for decision in decisions_of(name, controller.decide(view)):
-            session.events.append(_apply(session, name, decision))
-            session.emit({"kind": "decision", "event": session.events[-1]})
+            yield _event(session, name, decision)
 
 
 def decisions_of(controller: str, found: Any) -> list[Decision]:
@@ -279,21 +342,26 @@ def decisions_of(controller: str, found: Any) -> list[Decision]:
     return decisions
 
 
-def _apply(session: Session, controller: str, decision: Set | Drop | Finish) -> dict[str, Json]:
+def _event(session: Session, controller: str, decision: Decision) -> dict[str, Json]:
     event: dict[str, Json] = {
         "tick": session.tick, "step": session.step, "controller": controller, "target": "", "value": None,
         "epoch": session.epoch,
         "kind": type(decision).__name__.lower(), "reason": decision.reason,
     }  # fmt: skip
     if isinstance(decision, Set):
-        session.knobs.set(decision.knob, decision.value)
-        event |= {"target": decision.knob, "value": decision.value}
-    elif isinstance(decision, Drop):
-        if decision.member not in session.learners:
-            fix = suggest(decision.member, session.learners)
-            raise PlanError(f"no member {decision.member!r} to drop", where=f"controller {controller!r}", fix=fix)
-        session.learners[decision.member].dropped = True
-        event["target"] = decision.member
+        return event | {"target": decision.knob, "value": decision.value}
+    return event | {"target": decision.member} if isinstance(decision, Drop) else event
+
+
+def _apply(session: Session, event: Mapping[str, Any]) -> None:
+    """Does what a decision says."""
+    if event["kind"] == "set":
+        session.knobs.set(event["target"], event["value"])
+    elif event["kind"] == "drop":
+        name = event["target"]
+        if name not in session.learners:
+            where = f"controller {event['controller']!r}"
+            raise PlanError(f"no member {name!r} to drop", where=where, fix=suggest(name, session.learners))
+        session.learners[name].dropped = True
     else:
         session.finished = True
-    return event

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..card import check_images
 from ..data import DataInfo
@@ -25,7 +24,12 @@ from ..plan import Member, ModelRef, Term
 from ..reading import safetensors_header
 from ..registry import Catalog
 from ..seeds import derive
+from .ema import Average
 from .mapped import Mapped
+from .scaling import Scaler
+
+if TYPE_CHECKING:
+    from .cache import Cached
 
 Sizes: TypeAlias = Mapping[str, tuple[int, ...]]
 NO_TAPS = (
@@ -60,8 +64,11 @@ class Learner:
     terms: list[LiveTerm] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
     lr_factor: Callable[[float, float], float] = lambda epoch, warm: 1.0
-    ema: AveragedModel | None = None
+    ema: Average | None = None
+    scaler: Scaler | None = None
     tapped: Tapped | None = None
+    cached: Cached | None = None
+    compiled: Callable[..., Tensor] | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
     dropped: bool = False
     diverged: bool = False  # its weights are not finite, or came of a loss that was not
@@ -69,6 +76,7 @@ class Learner:
     best_state: dict[str, Tensor] | None = None
     still: dict[str, float] | None = None  # accuracy while it is frozen
     passes: int = 0  # forward passes over an image; a training step counts as three
+    stored: int = 0  # passes that stored outputs stand for, be they made for this stage or another
     seconds: float = 0.0  # of its work in steps
     curve: list[dict[str, float]] = field(default_factory=list)
 
@@ -126,6 +134,7 @@ class Tapped:
     """Collects named features of a module while it runs, by forward hooks that exist only for what is asked."""
 
     def __init__(self, module: nn.Module, names: frozenset[str]) -> None:
+        self.names = names
         self.taps: dict[str, Tensor] = {}
         paths: Mapping[str, str] = getattr(module, "taps", {})
         for name in sorted(names):
@@ -227,11 +236,6 @@ def _offer(found: Sizes, own: Sizes) -> str:
     heads = {(shape[:1], other[:1]) for shape, other in differing}
     same = all(shape[1:] == other[1:] for shape, other in differing)
     return offer(differing[0][0][0]) if same and len(heads) == 1 and () not in next(iter(heads)) else ""
-
-
-def make_ema(module: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of parameters and buffers."""
-    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
 
 
 def host_state(module: nn.Module) -> dict[str, Tensor]:

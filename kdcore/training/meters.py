@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericError
+from .world import ALONE, World
 
 
 @dataclass
@@ -30,17 +31,21 @@ class Meters:
         """
         self.pending.append((name, step, value.detach(), share))
 
-    def flush(self, stage: str, diverge: Callable[[str, NumericError], None]) -> dict[str, float]:
-        """Moves what is pending to the host, one copy; returns the means since the last flush.
+    def flush(self, stage: str, diverge: Callable[[str, NumericError], None], world: World = ALONE) -> dict[str, float]:
+        """Moves what is pending to the host, one copy; returns the means since the last flush, over all ranks.
 
         A value that is not finite is left out, and told to ``diverge(member, error)``, which may raise the error: it
         names stage, step, member and term.
         """
         if not self.pending:
             return {}
-        host = torch.stack([value.double() for _, _, value, _ in self.pending]).tolist()  # the only sync until the next
+        values = torch.stack([value.double() for _, _, value, _ in self.pending])
+        shares = [share for *_, share in self.pending]
+        if world.size > 1:
+            values, shares = _over_ranks(values, shares, world)
+        host = values.tolist()  # the only sync until the next
         interval = Meters()
-        for (name, step, _, share), value in zip(self.pending, host, strict=True):
+        for (name, step, _, _), value, share in zip(self.pending, host, shares, strict=True):
             if not math.isfinite(value):
                 diverge(name.partition(".")[0], _not_finite(stage, name, step, value))
                 continue
@@ -56,6 +61,13 @@ class Meters:
         self.sums.clear()
         self.counts.clear()
         return means
+
+
+def _over_ranks(values: Tensor, shares: list[float], world: World) -> tuple[Tensor, list[float]]:
+    """Means over ranks by their shares, and the sums of those."""
+    weights = values.new_tensor(shares)
+    values, weights = world.sum(torch.stack([values * weights, weights]))
+    return values / weights, weights.tolist()
 
 
 def _not_finite(stage: str, name: str, step: int, value: float) -> NumericError:

@@ -21,6 +21,20 @@ class AdamWOptions(Options):
     eps: float = Field(1e-8, gt=0, description="a number above 0")
 
 
+class LARSOptions(Options):
+    """Layer-wise adaptive rate scaling."""
+
+    momentum: float = Field(0.9, ge=0, lt=1, description="a momentum from 0 to below 1")
+    weight_decay: float = Field(0.0, ge=0, description="a weight decay from 0, e.g. 1e-4")
+    trust: float = Field(0.001, gt=0, description="the trust coefficient, above 0, e.g. 0.001")
+
+
+class LAMBOptions(AdamWOptions):
+    """Layer-wise adaptive moments."""
+
+    eps: float = Field(1e-6, gt=0, description="a number above 0")
+
+
 class ConstantOptions(Options):
     """No options."""
 

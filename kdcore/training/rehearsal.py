@@ -21,11 +21,13 @@ from ..plan import Member, Stage, Term
 from ..registry import Catalog
 from ..store import Store
 from ..transforms import build_transform
+from . import memory, parts
+from .building import build_models, build_terms
+from .cache import check_knobs, check_source, check_views, views_of
 from .device import autocast, sandbox
 from .member import Learner, LiveTerm, Tapped, classifies
-from .memory import is_exhausted
 from .objective import weighted_loss
-from .session import build_models, build_terms, check_batches, smallest_batch
+from .session import check_batches, smallest_batch
 
 CPU = torch.device("cpu")
 EPOCHS = "core/epochs"
@@ -58,7 +60,7 @@ def rehearse(names: Names, catalog: Catalog, splits: Splits, store: Store, setti
             except (RuntimeError, MemoryError) as error:
                 if died := lost(error):
                     raise died from error
-                if not is_exhausted(error):
+                if not memory.is_exhausted(error):
                     raise
 
 
@@ -97,6 +99,7 @@ class Room:
         cast = Cast(stage, models, [], {"student": [], "teacher": []})
         built = [(objective, self._build(objective, cast)) for objective in objectives]
         models["student"].terms = [term for _, terms in built for term in terms]
+        self._check_modes(stage, built)
         if stage.data.source.name != EPOCHS:  # its batches may be of another kind
             return
         check_batches(stage, self.splits, models)
@@ -108,6 +111,19 @@ class Room:
                     total = weighted_loss(terms, own, {"teacher": other}, batch, lambda label, value: None)
                     if total.requires_grad:
                         total.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+
+    def _check_modes(self, stage: Stage, built: Iterable[tuple[Objective, list[LiveTerm]]]) -> None:
+        """Refuses objectives and sources that pieces of a batch, several ranks, or a cache would give another sense."""
+        data, ranks = stage.data, self.settings.world_size
+        for objective, terms in built:
+            live = [term for term in terms if term.spec.weight != 0]
+            with _at(objective.place):
+                if data.accumulate > 1:
+                    memory.check_objective(live)
+                if ranks > 1:
+                    parts.check_objective(live, ranks)
+        if data.cache is not None:
+            check_source(self.catalog.find("source", data.source.name).load(), data.source.name)
 
     def _build(self, objective: Objective, cast: Cast) -> list[LiveTerm]:
         """Its terms, each for the shapes of the taps that it asks for; none if every one of them was built before."""
@@ -128,6 +144,9 @@ class Room:
         workers = min(self.settings.workers, 1)  # reading in a process of its own where training does
         source = EpochSource(Options(), SourceContext(data, stage.seed, size, False, transforms, CPU, workers))
         try:
+            if stage.data.cache is not None:
+                check_knobs(getattr(part, "knobs", {}) for part in (source, *transforms))
+                check_views(source, data.split, views_of(stage, stage.data.cache), CPU)
             return source.batch(0)
         finally:
             source.close()

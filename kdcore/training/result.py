@@ -34,6 +34,7 @@ ACCURACIES = (
 
 def finish(session: Session) -> dict[str, Any]:
     """Evaluates every member, commits the result to the store, and returns the content of its result.json."""
+    passes = {name: learner.passes + learner.stored for name, learner in session.learners.items()}
     members = {name: _member(session, learner) for name, learner in session.learners.items()}
     forward = {name: member["flops"] or 0 for name, member in members.items()}
     images = session.step * session.stage.data.batch_size
@@ -49,12 +50,14 @@ def finish(session: Session) -> dict[str, Any]:
         "seconds": session.seconds,
         "images_per_second": images / session.seconds if session.seconds else None,
         "members": members,
-        "flops": {name: learner.passes * forward[name] for name, learner in session.learners.items()},
+        "flops": {name: count * forward[name] for name, count in passes.items()},
         "member_seconds": {name: learner.seconds for name, learner in session.learners.items()},
         "events": session.events,
         "warnings": session.warnings,
         "environment": _environment(session),
     }
+    if not session.world.leads:
+        return result
     sound = [learner for learner in session.learners.values() if not learner.diverged]
     kept = [learner for learner in sound if learner.terms or learner.spec.init is None]
     files = {f"{learner.name}.safetensors": _file(session, learner) for learner in kept}
@@ -132,7 +135,10 @@ def _accuracies(session: Session, learner: Learner, weights: dict[str, torch.Ten
     test = evaluate.accuracy(session, module, session.splits.test)["accuracy"]
     if kept is not None:
         module.load_state_dict(kept)
-    packed = np.packbits(torch.cat(hits).cpu().numpy())
+    own = (
+        torch.cat(hits) if hits else torch.empty(0, dtype=torch.bool, device=session.device)
+    )  # fewer images than ranks
+    packed = np.packbits(session.world.joined(own, len(session.splits.monitor)).cpu().numpy())
     return _Accuracies(monitor, test, base64.b64encode(packed.tobytes()).decode())
 
 
@@ -145,9 +151,11 @@ def _environment(session: Session) -> dict[str, Json]:
         "machine": platform.machine(),
         "processor": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else _cpu(),
         "device": str(session.device),
+        "images": "device" if session.resident else "host",
         "threads": session.job.settings.threads,
         "precision": session.job.settings.precision,
         "losses": _losses(session.device.type),
+        "world_size": session.world.size,
     }
 
 

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..codec import decode
 from ..data import Batch, Source, SourceContext, Split, Splits
+from ..data.residency import fits
 from ..data.source import eval_batches
 from ..errors import DataError, PlanError
-from ..job import Emit, Job, Settings
-from ..options import Options
+from ..job import Emit, Job
 from ..origin import blame
-from ..outputs import Shapes
-from ..plan import BASE_METRICS, Json, ResultRef, Spec, Stage, Term, check_stage
+from ..plan import BASE_METRICS, Json, ResultRef, Spec, Stage, check_stage
 from ..registry import Catalog
-from ..seeds import derive
 from ..store import Store
 from ..transforms import build_transform
 from . import device as devices
-from . import memory
-from .adapters import adapter_builder
+from . import memory, parts
+from .building import build_models, build_terms
+from .cache import open_cache
+from .compiled import compile_member, fuse_optimizer
 from .knobs import Knobs
-from .member import Learner, LiveTerm, Tapped, build_model, classifies, load_weights, make_ema, tap_names
+from .member import Learner, classifies
 from .meters import Meters
+from .scaling import Scaler
 from .schedules import as_schedule, compile_schedule
 from .step import StepContext
 from .stopwatch import Stopwatch
+from .world import ALONE, World
 
 EVAL_SIZE = 512
 
@@ -54,12 +56,17 @@ class Session:
     used: Mapping[str, tuple[Mapping[str, float], ...]]
     metrics: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]]
     probe: Batch
+    stopped: Callable[[], int]
+    world: World = ALONE
+    resident: bool = True  # training images lie on the device
     context: StepContext = field(init=False)
     stopwatch: Stopwatch = field(init=False)
     meters: Meters = field(default_factory=Meters)
     step: int = 0
     tick: int = 0
-    pieces: int = 1  # of a batch; more after memory ran out
+    pieces: int = 1  # of a batch, as the stage wants it; more after memory ran out
+    full: int = 0  # samples of the stage's first batch; a ragged one comes last
+    sizes: frozenset[int] = frozenset()  # of the pieces of this rank's part of such a batch
     seconds: float = 0.0
     finished: bool = False
     events: list[dict[str, Json]] = field(default_factory=list)
@@ -67,6 +74,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.context, self.stopwatch = StepContext(self), Stopwatch(self.device)
+        self.pieces = self.stage.data.accumulate
 
     @property
     def seed(self) -> int:
@@ -100,20 +108,45 @@ class Session:
 
     @property
     def eval_size(self) -> int:
-        """Samples of an evaluation batch, which is cut as often as the training's."""
-        return -(-EVAL_SIZE // self.pieces)
+        """Samples of an evaluation batch, which is cut as often as the training's after memory ran out."""
+        return -(-EVAL_SIZE * self.stage.data.accumulate // self.pieces)
 
     def evaluated(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-        """A split in order, in batches of ``eval_size``: see :func:`kdcore.data.source.eval_batches`."""
+        """This rank's part of a split in order, in batches of ``eval_size``: see
+        :func:`kdcore.data.source.eval_batches`.
+        """
+        if self.world.size > 1:
+            split = split.take(torch.arange(len(split), device=split.labels.device)[self.world.span(len(split))])
         return eval_batches(split, self.splits, self.device, self.eval_size, self.job.settings.workers)
 
     def close(self) -> None:
-        """Ends what the source holds, such as processes that read ahead."""
+        """Ends what the source holds, such as processes that read ahead, and lets go of its tensors: without that they
+        would stay until a collection, on the device of the next stage.
+        """
         if hasattr(self.source, "close"):
             self.source.close()
+        del self.context
+        for learner in self.learners.values():
+            learner.compiled = None
+        self.learners.clear()
 
     def autocast(self) -> torch.autocast:
         return devices.autocast(self.device, self.job.settings.precision)
+
+    def call(self, learner: Learner, *inputs: Any) -> Tensor:
+        """A member's module, compiled for the pieces of a full batch and for evaluation batches: a graph for each
+        ragged size would cost more than it saves.
+        """
+        samples = len(inputs[0]) if inputs else 0
+        whole = samples in self.sizes or samples == self.eval_size
+        return learner.compiled(*inputs) if learner.compiled and whole else learner.module(*inputs)
+
+    def meet(self, samples: int) -> None:
+        """Told of every batch's samples. The stage's first batch settles what is compiled, also after a resume."""
+        self.full = self.full or samples
+        if not self.sizes:
+            own = len(range(self.full)[self.world.span(self.full)])
+            self.sizes = frozenset(memory.sizes(self, self.full, own))
 
     def rate(self, learner: Learner) -> float:
         """The learning rate of this step as a multiple of the optimizer's own."""
@@ -138,8 +171,18 @@ class Session:
         for name, learner in self.learners.items():
             learner.thaw(name in trained)
         self.context.trained, self.context.sources = tuple(trained), sources
+        parts.check_live(self)  # a loss that wants whole batches may have come alive
         if self.pieces > 1:
-            memory.check(self)  # a loss that wants whole batches may have come alive
+            self.context.across = memory.check(self, self.pieces > self.stage.data.accumulate)
+        if self.stage.data.cache is not None:
+            for learner in self.storable:
+                learner.cached = learner.cached or open_cache(self, learner)
+
+    @property
+    def storable(self) -> list[Learner]:
+        """Members that others learn from now, frozen for good and without a gradient through them."""
+        apart = [self.learners[name] for name, through in self.context.sources.items() if not through]
+        return [learner for learner in apart if not learner.terms]
 
     @property
     def taught(self) -> list[Learner]:
@@ -159,18 +202,30 @@ class Session:
 
 
 def open_session(
-    job: Job, catalog: Catalog, splits: Splits, store: Store, emit: Emit, used: Mapping[str, Any]
+    job: Job,
+    catalog: Catalog,
+    splits: Splits,
+    store: Store,
+    emit: Emit,
+    used: Mapping[str, Any],
+    stopped: Callable[[], int] = lambda: 0,
+    world: World = ALONE,
 ) -> Session:
     """Builds models, objectives, optimizers, source and controllers of a stage."""
     stage = decode(job.name, job.stage)
     check_stage(stage)
     device = devices.resolve(job.settings.device)
-    splits = splits.to(device)
+    resident = fits(splits.train.images, devices.free_memory(device))
+    splits = splits.to(device) if resident else splits
     learners = build_models(stage, job.settings, catalog, store, splits, device)
     build_terms(stage, learners, catalog, splits)
     for learner in learners.values():
         _build_optimizer(stage, learner, catalog)
-    source, transforms = _build_source(stage, catalog, splits, device, learners, job.settings.workers)
+        if job.settings.precision == "float16" and learner.optimizer is not None:
+            learner.scaler = Scaler(device)
+        if job.settings.compile:
+            _compile(learner)
+    source, transforms = _build_source(stage, catalog, splits, device, learners, job.settings.workers, resident)
     controllers = [
         (spec.name.rpartition("/")[2], _constructed("controller", spec, catalog)) for spec in stage.controllers
     ]
@@ -179,118 +234,8 @@ def open_session(
         job, stage, catalog, store, emit, splits, source, _constructed("step", stage.step, catalog), device, learners,
         Knobs(learners, [source, *transforms]), controllers, used,
         metrics={name: catalog.find("metric", name).load() for name in sorted(needs)},
-        probe=_probe(stage, splits, device),
+        probe=_probe(stage, splits, device), stopped=stopped, world=world, resident=resident,
     )  # fmt: skip
-
-
-def build_models(
-    stage: Stage, settings: Settings, catalog: Catalog, store: Store, splits: Splits, device: torch.device
-) -> dict[str, Learner]:
-    """The members of a stage with their initial weights, without terms."""
-    learners = {}
-    for name, member in stage.members.items():
-        assert stage.seed is not None
-        module = build_model(member.model, catalog, splits.info, stage.seed)
-        if isinstance(member.init, ResultRef):
-            load_weights(module, store.weights(str(member.init.stage), member.init.member), f"member {name!r}")
-        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        module = module.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-        learners[name] = Learner(name, member, module)
-    return learners
-
-
-def build_terms(stage: Stage, learners: Mapping[str, Learner], catalog: Catalog, splits: Splits) -> None:
-    """Finds the taps that the learners' terms ask for, and builds the terms for their shapes."""
-    asked = {
-        name: [_taps(term, learner, learners, catalog) for term in learner.spec.terms]
-        for name, learner in learners.items()
-    }
-    for name, learner in learners.items():
-        if learner.spec.ema is not None:
-            learner.ema = make_ema(learner.module, learner.spec.ema)  # before hooks, which it would copy
-        wanted = {tap for own, _ in asked[name] for tap in own} | _asked_of(name, learners, asked)
-        if wanted:
-            learner.tapped = Tapped(learner.module, frozenset(wanted))
-    shapes = {name: _tap_shapes(learner, splits) for name, learner in learners.items()}
-    length = stage.length if stage.tick == "epoch" else stage.length // stage.tick
-    for name, learner in learners.items():
-        for term, (own, other) in zip(learner.spec.terms, asked[name], strict=True):
-            source = None if term.source is None else learners[term.source]
-            info = Shapes(
-                splits.info.classes,
-                len(splits.train),
-                {tap: shapes[name][tap] for tap in own},
-                {} if source is None else {tap: shapes[source.name][tap] for tap in other},
-                splits.train.labels,
-                {} if source is None else _norms(source.module, other),
-            )
-            learner.terms.append(_build_term(term, info, catalog, length, stage, name))
-            learner.terms[-1].module.to(next(learner.module.parameters()).device)
-
-
-def _taps(
-    term: Term, learner: Learner, learners: Mapping[str, Learner], catalog: Catalog
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The taps that a term needs of its learner and of its source."""
-    entry = catalog.find("loss", term.loss)
-    cls = entry.load()
-    if "taps" not in cls.needs:
-        return (), ()
-    options = entry.options_class()(**term.options)
-    own, other = cls.taps(options)
-    student = _fitting(learner, own, options, "student")
-    return student, () if term.source is None else _fitting(learners[term.source], other, options, "teacher")
-
-
-def _fitting(learner: Learner, patterns: Iterable[str], options: Options, key: str) -> tuple[str, ...]:
-    key = key if hasattr(options, key) else ""  # a loss may fix its taps
-    return tap_names(learner.module, patterns, f"{learner.name} {learner.spec.model}", key)
-
-
-def _asked_of(name: str, learners: Mapping[str, Learner], asked: Mapping[str, list[Any]]) -> set[str]:
-    """The taps that other members' terms need of a source."""
-    terms = [
-        (term, taps)
-        for key, learner in learners.items()
-        for term, taps in zip(learner.spec.terms, asked[key], strict=True)
-    ]
-    return {tap for term, (_, other) in terms if term.source == name for tap in other}
-
-
-def _norms(module: nn.Module, taps: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weight and bias of the batch norms that a model names for these taps."""
-    paths: Mapping[str, str] = getattr(module, "norms", {})
-    found = {tap: dict(module.get_submodule(paths[tap]).named_parameters()) for tap in taps if tap in paths}
-    return {tap: (norm["weight"].detach(), norm["bias"].detach()) for tap, norm in found.items()}
-
-
-def _tap_shapes(learner: Learner, splits: Splits) -> dict[str, tuple[int, ...]]:
-    if learner.tapped is None:
-        return {}
-    images = torch.zeros(2, *splits.info.shape, device=next(learner.module.parameters()).device)
-    with torch.no_grad():
-        learner.module.eval()(images)
-    return {name: tuple(tap.shape[1:]) for name, tap in learner.tapped.taps.items()}
-
-
-def _build_term(term: Term, info: Shapes, catalog: Catalog, length: int, stage: Stage, member: str) -> LiveTerm:
-    entry = catalog.find("loss", term.loss)
-    with blame(entry.origin, f"building loss {entry.full_name!r}"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_adapter_seed(stage, member, term))
-        options = entry.options_class()(**term.options)
-        info = replace(info, adapter=adapter_builder(options, catalog))
-        module: nn.Module = entry.load().build(info, options)
-        entry.expect(module, nn.Module, "an nn.Module")
-    if term.through and hasattr(module, "teacher_grad"):
-        module.teacher_grad = True  # type: ignore[assignment]
-    return LiveTerm(
-        term, module, entry.options_class(), compile_schedule(as_schedule(term.weight), catalog, length), term.source
-    )
-
-
-def _adapter_seed(stage: Stage, member: str, term: Term) -> int:
-    assert stage.seed is not None
-    return derive(stage.seed, "adapter", member, term.label)
 
 
 def _build_optimizer(stage: Stage, learner: Learner, catalog: Catalog) -> None:
@@ -311,6 +256,12 @@ def _build_optimizer(stage: Stage, learner: Learner, catalog: Catalog) -> None:
     learner.lr_factor = compile_schedule(rate, catalog, length)
 
 
+def _compile(learner: Learner) -> None:
+    learner.compiled = compile_member(learner)
+    if learner.optimizer is not None:
+        fuse_optimizer(learner.optimizer)
+
+
 def _build_source(
     stage: Stage,
     catalog: Catalog,
@@ -318,12 +269,22 @@ def _build_source(
     device: torch.device,
     learners: Mapping[str, Learner],
     workers: int,
+    resident: bool,
 ) -> tuple[Source, list[Any]]:
     assert stage.seed is not None
     spec = stage.data
     transforms = [build_transform(item, catalog, splits.info) for item in spec.transforms]
+    views = spec.cache.views if spec.cache is not None else 0
     context = SourceContext(
-        splits.for_training, stage.seed, spec.batch_size, spec.drop_last, tuple(transforms), device, workers
+        splits.for_training,
+        stage.seed,
+        spec.batch_size,
+        spec.drop_last,
+        tuple(transforms),
+        device,
+        workers,
+        views,
+        resident,
     )
     source: Source = _constructed("source", spec.source, catalog, context)
     if stage.tick == "epoch" and stage.length:

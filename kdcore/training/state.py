@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,10 +18,12 @@ from ..plan import Json
 from ..reading import read_table
 from .finite import check_finite
 from .member import Learner, host_copy
-from .session import Session
+
+if TYPE_CHECKING:
+    from .session import Session
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {
-    "step": int, "tick": int, "pieces": int, "finished": bool, "seconds": (int, float), "events": list,
+    "step": int, "tick": int, "pieces": int, "full": int, "finished": bool, "seconds": (int, float), "events": list,
     "warnings": list,
 }  # fmt: skip
 
@@ -29,8 +31,8 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 def pack(session: Session) -> dict[str, bytes]:
     """state.json and tensors.safetensors of a session between two steps."""
     check_finite(session, session.taught)
-    tensors = {name: host_copy(tensor) for name, tensor in _tensors(session)}
-    return {"state.json": json.dumps(_state(session)).encode(), "tensors.safetensors": save(tensors)}
+    found = {name: host_copy(tensor) for name, tensor in tensors(session)}
+    return {"state.json": json.dumps(_state(session)).encode(), "tensors.safetensors": save(found)}
 
 
 def unpack(session: Session, folder: Path) -> None:
@@ -40,18 +42,18 @@ def unpack(session: Session, folder: Path) -> None:
         StorageError: the folder, though whole, holds something else.
     """
     with _fitting(folder):
-        state = read_table(folder / "state.json")
-        tensors = load_file(folder / "tensors.safetensors", device=str(session.device))
+        state = {"full": 0, **read_table(folder / "state.json")}  # older ones lack it
+        loaded = load_file(folder / "tensors.safetensors", device=str(session.device))
         for name, kind in _FIELDS.items():
             if not isinstance(state[name], kind):
                 raise TypeError(f"{name} is {state[name]!r}")
             setattr(session, name, state[name])
         session.meters.sums, session.meters.counts = state["sums"], state["counts"]
         for learner in session.learners.values():
-            _restore(learner, state["members"][learner.name], tensors)
+            _restore(learner, state["members"][learner.name], loaded)
         session.knobs.restore(state["knobs"])
         controllers = list(zip(session.controllers, state["controllers"], strict=True))
-        parts = [(part, {**state["parts"][n], **_under(tensors, f"{n}//")}) for n, part in _stateful(session).items()]
+        parts = [(part, {**state["parts"][n], **_under(loaded, f"{n}//")}) for n, part in _stateful(session).items()]
     for (_, controller), saved in controllers:  # a plugin's own errors are no fault of the folder
         controller.load_state_dict(saved)
     for part, saved in parts:
@@ -74,6 +76,7 @@ def _state(session: Session) -> dict[str, Json]:
         "step": session.step,
         "tick": session.tick,
         "pieces": session.pieces,
+        "full": session.full,
         "seconds": session.seconds,
         "finished": session.finished,
         "events": session.events,
@@ -93,13 +96,16 @@ def _member_state(learner: Learner) -> dict[str, Json]:
         "diverged": learner.diverged,
         "best": list(learner.best),
         "passes": learner.passes,
+        "stored": learner.stored,
         "seconds": learner.seconds,
         "curve": learner.curve,
         "optimizer": {} if learner.diverged else _numbers(learner.optimizer),
+        **({} if learner.scaler is None else {"scaler": learner.scaler.state_dict()}),
     }
 
 
-def _tensors(session: Session) -> Iterator[tuple[str, Tensor]]:
+def tensors(session: Session) -> Iterator[tuple[str, Tensor]]:
+    """Everything that a checkpoint holds, by name."""
     for learner in session.learners.values():
         for part, state in _parts(learner).items():
             yield from ((f"{learner.name}/{part}/{name}", tensor) for name, tensor in state.items())
@@ -171,6 +177,7 @@ def _numbers(optimizer: torch.optim.Optimizer | None) -> dict[str, Json]:
 
 def _restore(learner: Learner, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     learner.dropped, learner.passes, learner.curve = saved["dropped"], saved["passes"], saved["curve"]
+    learner.stored = int(saved.get("stored", 0))
     learner.best = (saved["best"][0], saved["best"][1])
     learner.seconds, learner.diverged = float(saved["seconds"]), bool(saved.get("diverged"))
     if learner.diverged:
@@ -185,6 +192,8 @@ def _restore(learner: Learner, saved: dict[str, Any], tensors: dict[str, Tensor]
         _restore_buffers(learner.ema, _under(tensors, f"{learner.name}/ema.buffers/"))
     for term in learner.terms:
         term.module.load_state_dict(_under(tensors, f"{learner.name}/term.{term.label}/"))
+    if learner.scaler is not None:
+        learner.scaler.load_state_dict(saved["scaler"])
     if learner.optimizer is not None:
         _restore_optimizer(learner.optimizer, saved["optimizer"], _under(tensors, f"{learner.name}/optimizer/"))
 
@@ -193,7 +202,8 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, numbers: dict[str, Json
     state: dict[int, dict[str, Any]] = {}
     for path, value in {**numbers, **tensors}.items():
         index, _, key = path.partition(".")
-        state.setdefault(int(index), {})[key] = value
+        on_host = key == "step" and isinstance(value, Tensor)  # as torch makes it; one that is fused takes it back
+        state.setdefault(int(index), {})[key] = value.cpu() if on_host else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
