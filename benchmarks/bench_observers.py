@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from kdcore import hookspecs
+from kdcore.machine import make_context, make_settings
 from kdcore.plugins import PluginHost, load_plugins
 from kdcore.recipe import load
-from kdcore.runner import Run, make_context, make_settings
+from kdcore.runner import Run
 
 OBSERVERS = 10
 GOAL = 0.005

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Checks a GPU machine with its own Python and packages: no installs, each part under its own time limit.
-#   benchmarks/gpu_check.sh OUT_DIR [PART...]       all parts, or the named ones: about 20 minutes
+#   benchmarks/gpu_check.sh OUT_DIR [PART...]       all parts, or the named ones: about 30 minutes
 # Parts: build (the compiled op, for this GPU), tests (pytest -m gpu), memcheck racecheck initcheck (compute-sanitizer
-# over small shapes), digits (a recipe on the GPU), bench (the losses against others).
-# Writes OUT_DIR/gpu_check.json, .txt (a table) and .log (what the parts said), part by part, and OUT_DIR/bench.
+# over small shapes), digits (a recipe on the GPU), bench (the losses against others), training (whole steps against
+# others; a batch size that its limit cuts off costs no other), epoch (a small student under a cached teacher).
+# Writes OUT_DIR/gpu_check.json, .txt (a table) and .log (what the parts said), part by part, OUT_DIR/bench, /training
+# and /epoch.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: gpu_check.sh OUT_DIR [PART...]}" && cd "$1" && pwd)
 shift
-chosen=" ${*:-build tests memcheck racecheck initcheck digits bench} "
+chosen=" ${*:-build tests memcheck racecheck initcheck digits bench training epoch} "
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] && python=.venv/bin/python
@@ -98,6 +100,10 @@ sanitize racecheck 180
 sanitize initcheck 180
 part digits 120 "$python" -m kdcore run examples/digits.toml --set device=cuda --root "$scratch/runs"
 part bench 560 "$python" benchmarks/bench_losses.py --device cuda --out "$out/bench"
-cat "$out"/bench/*.md >>"$out/gpu_check.txt" 2>/dev/null
+part training 580 "$python" benchmarks/bench_training.py --device cuda --batches 1024,256,64,4096 --workers 8 \
+    --students 3 --rounds 5 --minutes 1 --out "$out/training"
+part epoch 180 "$python" benchmarks/bench_training.py --device cuda --batches 128 --ways cached \
+    --teacher cifar_resnet56 --student cifar_resnet20 --rounds 5 --out "$out/epoch"
+cat "$out"/bench/*.md "$out"/training/*.md "$out"/epoch/*.md >>"$out/gpu_check.txt" 2>/dev/null
 cat "$out/gpu_check.json"
 exit "$failed"

@@ -21,7 +21,7 @@ from typing import Any
 from dskd_facts import facts
 from dskd_runs import PARTS, STRONG, Bench, Unit, execute, forecast, units
 from dskd_table import page
-from tables import command, differences, pretty, read_book, written
+from tables import command, differences, pretty, read_book, told, written
 
 from kdcore.errors import KdError
 from kdcore.files import replace_file
@@ -150,8 +150,7 @@ def check(bench: Bench, out: Path) -> int:
     folders = [bench.runs / entry["run"] for entry in runs.values()]
     files = _json(bench, out), _page(bench, out)
     found = differences(files, again, page(content), folders, Store(bench.runs / "store"))
-    print("\n".join(found) or "The table is what its runs and their store say.")
-    return 1 if found else 0
+    return told(found)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 from prdkd_facts import facts
 from prdkd_published import FIELD_BETA
 from prdkd_table import page
-from tables import command, differences, ending, pretty, read_book, written
+from tables import command, differences, ending, pretty, read_book, told, written
 
 import kdcore
 from kdcore.errors import KdError
@@ -189,8 +189,7 @@ def check(options: argparse.Namespace) -> int:
     folders = [options.runs / folder for folder in runs]
     files = _file(options, "json"), _file(options, "md")
     found = differences(files, again, page(content), folders, Store(options.runs / "store"))
-    print("\n".join(found) or "The table is what its runs and their store say.")
-    return 1 if found else 0
+    return told(found)
 
 
 if __name__ == "__main__":

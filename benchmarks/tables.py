@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdcore.compare import CONFIDENCE
 from kdcore.compare import interval as interval_of
 from kdcore.errors import StorageError
 from kdcore.store import Store
@@ -58,6 +60,28 @@ def spread(values: Iterable[float]) -> Spread | None:
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Spread | None:
     """Ours less theirs, over the seeds that both have."""
     return spread(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
+
+
+def unpaired(ours: Iterable[float], theirs: Iterable[float]) -> Spread | None:
+    """Ours less theirs, of samples that share no luck, with Welch's interval; None of no values, no interval below two.
+
+    ``sd`` is None: it is of no one sample.
+    """
+    from scipy.special import stdtrit
+
+    one, other = list(ours), list(theirs)
+    if not one or not other:
+        return None
+    mean, n = statistics.fmean(one) - statistics.fmean(other), len(one) + len(other)
+    if min(len(one), len(other)) < 2:
+        return Spread(mean, n, None, None, None)
+    parts = [statistics.variance(values) / len(values) for values in (one, other)]
+    error = math.sqrt(sum(parts))
+    if error == 0:
+        return Spread(mean, n, None, mean, mean)
+    shares = sum(part**2 / (len(values) - 1) for part, values in zip(parts, (one, other), strict=True))
+    half = float(stdtrit(error**4 / shares, (1 + CONFIDENCE) / 2)) * error
+    return Spread(mean, n, None, mean - half, mean + half)
 
 
 # ---------------------------------------------------------------- text
@@ -190,3 +214,9 @@ def differences(files: tuple[Path, Path], again: Table, text: str, folders: Iter
     if written(page).decode() != text:
         found.append(f"{page.name} is not what {content.name} gives")
     return found + [text for folder in folders for text in unlike_store(folder, store)]
+
+
+def told(found: list[str]) -> int:
+    """Prints the differences, or that there are none; the exit status."""
+    print("\n".join(found) or "The table is what its runs and their store say.")
+    return 1 if found else 0
