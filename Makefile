@@ -32,7 +32,7 @@ test: $(BUILT)
 	$(PYTEST)
 
 test-long: $(BUILT)
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu" --timeout 3600
 
 # runs killed at any instant must end with the uninterrupted run's student, by hash
 N ?= 50

@@ -5,6 +5,7 @@ They are forks of this one, so that they cost no start-up.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import os
@@ -27,6 +28,8 @@ import kdcore.report.page
 import kdcore.runner
 import kdcore.training.loop  # noqa: F401
 from kdcore.cli import main
+
+PATIENCE = 200  # seconds after which a process that waits for something tells for what, and ends
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -53,6 +56,7 @@ def forked(function: Callable[[], Any], changes: dict[str, str], out: Path) -> i
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout = sys.stderr = os.fdopen(handle, "a", buffering=1)  # pytest has put others there
+        faulthandler.dump_traceback_later(PATIENCE, exit=True, file=sys.stderr)
         os.environ.update(changes)
         function()
         code = 0
