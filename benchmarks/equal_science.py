@@ -166,7 +166,10 @@ def train(options: argparse.Namespace, command: str) -> None:
 
 def _textbook(options: argparse.Namespace, teacher: Path, book: dict[str, Any]) -> None:
     """One JSON a seed; those that are there are kept."""
+    import torch
     from textbook_loop import Lesson, trained
+
+    from kdcore.training.device import sandbox
 
     recipe = base(options)
     for seed in range(recipe["seed"], recipe["seed"] + options.seeds):
@@ -175,8 +178,8 @@ def _textbook(options: argparse.Namespace, teacher: Path, book: dict[str, Any]) 
         path = options.runs / f"textbook-{_tag(lesson)}.json"
         if not path.exists():
             print(path.stem, flush=True)
-            splits = _splits(recipe)
-            found = trained(lesson, splits, lambda text: print(text, flush=True))
+            with sandbox(torch.device("cpu"), recipe["threads"]):
+                found = trained(lesson, _splits(recipe), lambda text: print(text, flush=True))
             replace_file(path, json.dumps(found).encode())
         book["textbook"].append(path.name)
         _write(options, book)
@@ -189,14 +192,11 @@ def _tag(lesson: Any) -> str:
 
 
 def _splits(recipe: Recipe) -> Any:
-    """As kdcore carves them, and with the recipe's threads."""
-    import torch
-
+    """As kdcore carves them."""
     from kdcore.executor import DataCache
     from kdcore.plugins import load_plugins
     from kdcore.recipe import compile_recipe, load
 
-    torch.set_num_threads(recipe["threads"])
     catalog = load_plugins().catalog
     return DataCache(catalog)(compile_recipe(load(recipe), catalog)[0].data)
 

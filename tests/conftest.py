@@ -11,8 +11,10 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from kdcore.plugins import PluginHost, load_plugins
@@ -39,6 +41,32 @@ class Done:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads() -> Iterator[None]:
+    """A file that left more threads than it found would have later ones, in any order, compute and fork otherwise."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
+
+
+class Tell:
+    """Names a test that failed at once: a run that is ended from outside prints no summary."""
+
+    def __init__(self, terminal: Any) -> None:
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"{report.when} of {report.nodeid}: {str(report.longrepr).splitlines()[-1]}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if terminal := config.pluginmanager.get_plugin("terminalreporter"):
+        config.pluginmanager.register(Tell(terminal))
 
 
 @pytest.fixture(scope="module")

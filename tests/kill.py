@@ -26,7 +26,8 @@ from pathlib import Path
 import jinja2  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import sklearn.datasets  # noqa: F401
-import torch._dynamo  # noqa: F401
+import torch
+import torch._dynamo
 
 import kdcore.files
 import kdcore.report.page
@@ -62,6 +63,7 @@ def in_child(arguments: list[str], prepare: Callable[[], None]) -> int:
     os.dup2(quiet, 1)
     code = 1
     try:
+        torch.set_num_threads(1)  # as in ranks.py
         prepare()
         main(arguments)
         code = 0

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -300,7 +300,13 @@ def check(
     where: str = "",
     **settings: Any,
 ) -> None:
-    """A call against the truth, in everything that it gives."""
+    """A call against the truth, in everything that it gives.
+
+    The reference sums in float32 as torch does on this machine: a logsumexp of a thousand classes is near 7, where one
+    spacing of float32, times beta T^2, is more than the loss's bound.
+    """
+    if backend == "reference":
+        slack = replace(slack, factor=2 * slack.factor)
     truth = truth or exact(loss, student, teacher, target, **settings)
     value, grad, parts = run(loss, student, teacher, target, **settings, backend=backend)
     temperature = settings.get("temperature", 4.0)

@@ -58,6 +58,7 @@ def forked(function: Callable[[], Any], changes: dict[str, str], out: Path) -> i
         sys.stdout = sys.stderr = os.fdopen(handle, "a", buffering=1)  # pytest has put others there
         faulthandler.dump_traceback_later(PATIENCE, exit=True, file=sys.stderr)
         os.environ.update(changes)
+        torch.set_num_threads(1)  # those of OpenMP stayed in the parent, and a fork that used them would wait for them
         function()
         code = 0
     except SystemExit as end:

@@ -128,12 +128,12 @@ def test_losses_and_gradients_are_those_of_public_code(file, name, dtype):
 
 def bar(file, case, key, expected, exact):
     """How far a gradient may be off. In float32 a singular vector is off by rounding over the gap to its neighbours:
-    mdistiller's own float32 run, the recorded gradient, by up to 2e-5 of the largest.
+    mdistiller's own float32 run, the recorded gradient, by up to 2e-5 of the largest, and each LAPACK rounds otherwise.
     """
     largest = np.abs(expected).max()
     if exact:
         return 1e-9 * largest + 1e-13
-    relative = 1e-5 if "kdsvd" in file else 5e-6
+    relative = 4e-5 if "kdsvd" in file else 5e-6
     own = np.abs(case[key] - expected).max()
     return max(relative * largest + 1e-9, own, float(case.get("grad_student_f32_maxabserr", 0.0)))
 
