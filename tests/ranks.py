@@ -6,13 +6,14 @@ They are forks of this one, so that they cost no start-up.
 from __future__ import annotations
 
 import faulthandler
-import gc
 import importlib
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,36 @@ from kdcore.cli import main
 PATIENCE = 200  # seconds after which a process that waits for something tells for what, and ends
 
 
-def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun sets for a process."""
+SERVER = """
+import sys
+from torch.distributed import TCPStore
+
+stores = []
+for line in sys.stdin:
+    stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    print(stores[-1].port, flush=True)
+"""
+
+
+@cache
+def server() -> subprocess.Popen:
+    """Makes stores, as torchrun's agent has one, until this process ends: their threads must not be where forks are."""
+    return subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def environments(size: int) -> list[dict[str, str]]:
+    """What torchrun sets for each process, with a new store."""
+    server().stdin.write("\n")
+    server().stdin.flush()
+    port = int(server().stdout.readline())
+    return [environment(rank, size, port) for rank in range(size)]
+
+
+def environment(rank: int, size: int, port: int = 0) -> dict[str, str]:
+    """What torchrun sets for a process, and that gloo takes the loopback whatever the host's name stands for."""
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "MASTER_ADDR": "127.0.0.1"}
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    return agent | {name: str(value) for name, value in names.items()}
-
-
-def make_store() -> dist.TCPStore:
-    """What torchrun's agent keeps for its processes."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return agent | {"GLOO_SOCKET_IFNAME": "lo"} | {name: str(value) for name, value in names.items()}
 
 
 def forked(function: Callable[[], Any], changes: dict[str, str], out: Path) -> int:
@@ -50,7 +71,6 @@ def forked(function: Callable[[], Any], changes: dict[str, str], out: Path) -> i
     if child:
         return child
     code = 1
-    gc.freeze()  # stores of a failed test have threads, which this process lacks and would wait for
     try:
         handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
@@ -79,7 +99,7 @@ def end(child: int) -> int:
 def on_two_ranks(function: str) -> list[Any]:
     """What ``module:function(rank, group)`` gives in each of two processes."""
     with tempfile.TemporaryDirectory() as folder:
-        store, out = make_store(), Path(folder, "out")
+        out = Path(folder, "out")
 
         def work(rank: int) -> None:
             module, _, name = function.partition(":")
@@ -87,7 +107,7 @@ def on_two_ranks(function: str) -> list[Any]:
             result = getattr(importlib.import_module(module), name)(rank, dist.group.WORLD)
             torch.save(result, Path(folder, str(rank)))
 
-        children = [forked(lambda rank=rank: work(rank), environment(rank, 2, store.port), out) for rank in range(2)]
+        children = [forked(lambda r=r: work(r), changes, out) for r, changes in enumerate(environments(2))]
         codes = [end(child) for child in children]
         assert codes == [0, 0], out.read_text()
         return [torch.load(Path(folder, str(rank))) for rank in range(2)]
@@ -99,7 +119,6 @@ class Command:
 
     children: list[int]
     out: Path
-    store: dist.TCPStore
 
     def codes(self) -> list[int]:
         """Exit codes, by rank."""
@@ -110,7 +129,7 @@ def command(
     arguments: Sequence[str], folder: Path, size: int = 2, prepare: Callable[[int], None] = lambda rank: None
 ) -> Command:
     """Starts a command as torchrun does, in ``size`` processes that print into ``folder/out``."""
-    store, out = make_store(), folder / "out"
+    out = folder / "out"
     out.write_text("")
 
     def work(rank: int) -> None:
@@ -118,6 +137,4 @@ def command(
         prepare(rank)
         main(list(arguments))
 
-    return Command(
-        [forked(lambda r=r: work(r), environment(r, size, store.port), out) for r in range(size)], out, store
-    )
+    return Command([forked(lambda r=r: work(r), changes, out) for r, changes in enumerate(environments(size))], out)

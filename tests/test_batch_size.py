@@ -75,7 +75,7 @@ def ranks(monkeypatch):
     """This process is the first of some; nobody else is there to be talked to."""
 
     def start(size):
-        for name, value in environment(0, size, 0).items():
+        for name, value in environment(0, size).items():
             monkeypatch.setenv(name, value)
 
     return start

@@ -245,7 +245,7 @@ def test_a_batch_with_too_few_samples_for_the_ranks_is_refused():
 
 
 def test_the_way_in_from_python_refuses_to_be_called_in_several_processes(tmp_path, monkeypatch):
-    for name, value in environment(0, 2, 0).items():
+    for name, value in environment(0, 2).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match=r"called in 2 processes of torchrun\. Write a recipe"):
         api.run(RECIPE, root=tmp_path, quiet=True)
