@@ -1,10 +1,9 @@
-"""The command line as a person meets it: exit codes, messages, speed, and a whole run."""
+"""The command line as a person meets it: exit codes, messages, what is imported, and a whole run."""
 
 from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,30 +21,15 @@ BUILT_IN = (
 # ---------------------------------------------------------------- start-up
 
 
-def seconds(run: Callable[[], Done], tries: int = 5) -> float:
-    """The best of some tries: what the code costs, not what else the machine does."""
-    took = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        assert run().code == 0
-        took.append(time.perf_counter() - start)
-    return min(took)
-
-
 def imported(done: Done) -> set[str]:
     """Modules in the output of ``-X importtime``."""
     return {line.rpartition("|")[2].strip() for line in done.err.splitlines() if line.startswith("import time:")}
 
 
-def test_import_of_kdcore_is_quick_and_lazy(shell: Callable[..., Done]) -> None:
+def test_import_of_kdcore_is_lazy(shell: Callable[..., Done]) -> None:
     loaded = imported(shell("-X", "importtime", "-c", "import kdcore"))
     assert "kdcore" in loaded
     assert not loaded & {"torch", "pydantic", "pydantic_core", "pluggy", "numpy", "rich", "typer"}
-    assert seconds(lambda: shell("-c", "import kdcore")) < 2 * 0.100
-
-
-def test_help_is_quick(shell: Callable[..., Done]) -> None:
-    assert seconds(lambda: shell("-m", "kdcore", "--help")) < 2 * 0.400
 
 
 @pytest.mark.parametrize(

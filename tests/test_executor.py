@@ -36,7 +36,7 @@ for line in sys.stdin:
         send(kind="ready", key=key, name=name)
         time.sleep(60)
     if name == "forks" and not os.fork():
-        time.sleep(5)
+        time.sleep(60)
     if name == "cut":
         os.write(1, b'{"kind": "result", "result": {"half')
     if name in ("dies", "forks", "cut"):
@@ -103,7 +103,7 @@ def test_a_worker_that_always_dies_is_a_device_error_after_three_tries(fakes, de
     assert found.value.where == f"stage {death!r}"
     assert [event["kind"] for event in events].count("warning") == 2
     assert len(fakes) == 3
-    assert time.monotonic() - started < 5  # also where a process that the dead one forked keeps its output open
+    assert time.monotonic() - started < 30  # also where a process that the dead one forked keeps its output open
 
 
 def test_a_worker_that_dies_between_two_stages_costs_neither(fakes):
