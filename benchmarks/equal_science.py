@@ -210,7 +210,7 @@ def contents(options: argparse.Namespace, book: Mapping[str, Any]) -> dict[str, 
     teacher = {name: taught["teacher"][key] for name, key in MEASURES.items()}
     return {
         **{key: book[key] for key in ("commands", "commit", "failed")},
-        "teacher": {**teacher, "run": book["teacher"], "seconds": round(taught["stages"][0]["seconds"], 3)},
+        "teacher": {**teacher, "run": book["teacher"], "epochs": taught["stages"][0]["length"]},
         "textbook": [{"file": name, **json.loads((options.runs / name).read_bytes())} for name in book["textbook"]],
         "runs": [_run(options.runs / folder, name) for folder, name in book["runs"].items()],
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from statistics import fmean
 from typing import Any
 
 from prdkd_table import accuracy, by_seed
@@ -14,8 +13,6 @@ Table = Mapping[str, Any]
 MARGIN = 1.0
 """Points of accuracy: a way whose whole interval is this near to the textbook is as good. Named beforehand."""
 TITLE = "# CIFAR-100: does the fast engine train as well, and what does the batch size do?"
-SEEDED = "(seed "
-"""What names of a run's stages have in them that train students."""
 
 
 def page(content: Table) -> str:
@@ -28,11 +25,12 @@ def _head(content: Table) -> Iterator[str]:
     yield f"```sh\n{chr(10).join(content['commands'])}\n```\n"
     if content["runs"]:
         yield f"{_where(content)}\n\n{_protocol(content)}\n"
-    test, minutes = 100 * content["teacher"]["test"], content["teacher"]["seconds"] / 60
-    yield f"Teacher, the same for all: {test:.2f} (last epoch), {minutes:.0f} minutes.\n"
+    about, test = content["teacher"], 100 * content["teacher"]["test"]
+    yield f"Teacher, the same for all: {test:.2f} (last of {about['epochs']} epochs).\n"
     yield (
         "Test accuracies in percent, mean ± sample standard deviation over seeds; the test split decides nothing. A "
-        "short budget: figures say how ways differ, not what a method can reach.\n"
+        "short budget: figures say how ways differ, not what a method can reach. How long they take is a question for "
+        "bench_training.py: here several runs share a machine.\n"
     )
 
 
@@ -81,8 +79,7 @@ def _ways(content: Table, runs: Mapping[str, Table]) -> Iterator[str]:
         "Textbook: PIL transforms in a DataLoader, eager float32, the teacher run on every batch, random numbers of "
         "its own and a crop that fills in black; the others are kdcore in bfloat16, channels_last, compiled, filling "
         "in the mean colour. Less textbook: 95 % intervals by Welch, unpaired, since a seed means other random numbers "
-        "there. Less live: by Student's t, paired by seed, as initial weights and the order of samples are the same. "
-        "Seconds are of one student with its evaluations, its caches and its compilation.\n"
+        "there. Less live: by Student's t, paired by seed, as initial weights and the order of samples are the same.\n"
     )
     yield (
         f'Verdict, by a margin of {MARGIN:g} point that was named before: "within the margin" if the whole interval '
@@ -91,7 +88,7 @@ def _ways(content: Table, runs: Mapping[str, Table]) -> Iterator[str]:
         "standard deviation of the textbook's own seeds, which is a fact about these runs and proves no equality.\n"
     )
     beside = ("less textbook", "verdict", "in its spread", "less live")
-    heads = ("way", "last epoch", "best on monitor", *beside, "seconds")
+    heads = ("way", "last epoch", "best on monitor", *beside)
     yield table(heads, [_way(way, textbook, runs.get("live")) for way in (textbook, *ways) if way["students"]])
     yield from _views(ways)
 
@@ -102,7 +99,7 @@ def _way(run: Table, textbook: Table, live: Table | None) -> list[str]:
         paired(by_seed(run, "dkd", "test"), by_seed(live, "dkd", "test"))
     )  # fmt: skip
     figures = [plus_minus(accuracy(run, "dkd", measure)) for measure in ("test", "test_at_best")]
-    return [run["name"], *figures, *other, same, f"{seconds(run):.0f}"]
+    return [run["name"], *figures, *other, same]
 
 
 def _beside(run: Table, textbook: Table) -> tuple[str, str, str]:
@@ -126,12 +123,6 @@ def verdict(found: Spread) -> str:
 def gap(run: Table, textbook: Table) -> Spread | None:
     """Points of the last epoch that a way is better than the textbook."""
     return unpaired(by_seed(run, "dkd", "test").values(), by_seed(textbook, "dkd", "test").values())
-
-
-def seconds(run: Table) -> float:
-    """Of one student, mean over seeds."""
-    rows = run.get("stages") or run["students"]
-    return fmean(row["seconds"] for row in rows if SEEDED in row.get("name", SEEDED))
 
 
 def _views(ways: list[Table]) -> Iterator[str]:
@@ -159,11 +150,9 @@ def _batches(content: Table, runs: Mapping[str, Table]) -> Iterator[str]:
         yield (
             f"{views} cached views. Learning rates in proportion to the batch, epochs the same. The weight of DKD is "
             f"{weights[0]:g}, of its class-normalised form {weights[1]:g}: what prdkd-short.md chose, at every batch. "
-            "The gain is paired by seed, with 95 % intervals by Student's t. Seconds are of both students of a "
-            "seed, trained side by side. They leave out filling the cache: it is that of "
-            f'"views {views}", found in the store.\n'
+            "The gain is paired by seed, with 95 % intervals by Student's t.\n"
         )
-        heads = ("batch", "lr", "updates", "dkd", "dkd-class", "class less none", "seconds")
+        heads = ("batch", "lr", "updates", "dkd", "dkd-class", "class less none")
         yield table(heads, map(_batch, found))
     for name, text in content["failed"].items():
         yield f"{name} ended: {text}\n"
@@ -176,4 +165,4 @@ def _batch(run: Table) -> list[str]:
     figures = [plus_minus(accuracy(run, name, "test")) for name in ("dkd", "dkd-class")]
     gain = interval(paired(*(by_seed(run, name, "test") for name in ("dkd-class", "dkd"))))
     rate = f"{train['lr'] * size / train['lr_batch']:g}"
-    return [str(size), rate, str(updates), *figures, gain, f"{seconds(run):.0f}"]
+    return [str(size), rate, str(updates), *figures, gain]
