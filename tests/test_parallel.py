@@ -142,6 +142,13 @@ def test_only_one_process_prints(two):
     assert text.count("report.html") == 1
 
 
+def test_a_plan_of_two_processes_is_printed_once(tmp_path):
+    (tmp_path / "r.toml").write_text(TEXT)
+    done = command(["plan", "r.toml"], tmp_path)
+    assert done.codes() == [0, 0]
+    assert done.out.read_text().count("to train: ") == 1
+
+
 def test_the_same_command_trains_nothing_again(two):
     before = weights(two / "runs")
     done = start(two)

@@ -167,11 +167,13 @@ def catch_signals(
 
 
 def show_plan(source: Path, sets: list[str], host: PluginHost, root: Path, store: Path | None) -> None:
-    """Prints what a run would train, under the assumption that all results are equal.
+    """Prints what a run would train, under the assumption that all results are equal; of several ranks, the first does.
 
     Raises:
         KdError: what the run would raise before its first stage.
     """
+    if ranks().rank:
+        return  # rank 0 tells
     recipe = check(source, sets, host)
     from ..training.rehearsal import rehearse  # which imports torch
 
