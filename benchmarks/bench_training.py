@@ -38,6 +38,7 @@ import kdcore
 SAMPLE_SECONDS = 2.0  # a sample is at least that long, and a step
 LEAST_ROUNDS = 3
 SAMPLES = {"cpu": 8192, "cuda": EPOCH["images"]}  # images of the data set; few make an epoch of few steps
+SHARED = ("teacher", "student", "device", "threads", "workers", "precision")  # by all settings
 T = TypeVar("T")
 
 
@@ -151,7 +152,7 @@ def race(batch: int, args: argparse.Namespace) -> Record:
 
 def settings(batch: int, args: argparse.Namespace) -> list[Setting]:
     """Those of the ways, and at the goals' batch of several students."""
-    shared = {name: getattr(args, name) for name in ("teacher", "student", "device", "threads", "workers")}
+    shared = {name: getattr(args, name) for name in SHARED}
     shared |= {"batch": batch, "samples": max(args.samples, 2 * batch)}
     several = args.students if batch == goals_at(args.device) else []
     alone = [Setting(way=way, **shared) for way in args.ways]
@@ -190,7 +191,7 @@ def machine(args: argparse.Namespace) -> Record:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": f"python benchmarks/bench_training.py {shlex.join(args.argv)}".rstrip(),
         "goals_at": goals_at(args.device),
-        **{name: getattr(args, name) for name in ("teacher", "student", "device", "threads", "workers")},
+        **{name: getattr(args, name) for name in SHARED},
     }
 
 
@@ -215,7 +216,7 @@ def version(package: str) -> str | None:
 
 def write(folder: Path, about: Record, records: Sequence[Record]) -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", (about["gpu"] or about["processor"]).lower()).strip("-")
-    stem = f"training-{about['device']}-{slug}"
+    stem = f"training-{about['device']}-{slug}" + f"-{about['precision']}" * (about["precision"] != "bfloat16")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{stem}.md").write_text(page(about, records))
     (folder / f"{stem}.json").write_text(json.dumps({"about": about, "records": records}, indent=1) + "\n")
@@ -237,6 +238,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=6.0, help=f"but {LEAST_ROUNDS} rounds are made")
     parser.add_argument("--samples", type=int, help="images of the made-up data set; default 8192, on a GPU 50000")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="see README.md")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--workers", type=int, default=2, help="of a DataLoader")
     parser.add_argument("--out", type=Path, help="folder of the result; default: benchmarks/results for a whole run")

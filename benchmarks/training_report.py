@@ -146,7 +146,8 @@ def line(about: Record) -> str:
     others = f", torchdistill {about['torchdistill']}" if about["torchdistill"] else ""
     return (
         f"{place}; torch {about['torch']}, Python {about['python']}, kdcore {about['kdcore']}{others}, "
-        f"commit {about['commit']} + {about['modified_files']} files, {about['date']}. Each way once a round in random "
+        f"commit {about['commit']} + {about['modified_files']} files, {about['date']}. kdcore and the ten lines in "
+        f"{about['precision']}. Each way once a round in random "
         f"order; median (20th to 80th percentile) over rounds. The machine's load before: {about['load']}."
     )
 

@@ -41,6 +41,7 @@ class Setting:
     device: str
     threads: int
     workers: int  # of a DataLoader
+    precision: str = "bfloat16"  # of kdcore and the ten lines; the others are float32
     students: int = 1  # under one teacher; kdcore's ways alone have more
     folder: str = ""  # its own, for a store
 
@@ -208,7 +209,7 @@ def ten_lines(
         inputs = inputs[:, :, top : top + SIDE, left : left + SIDE]
         inputs = inputs.flip(3) if torch.rand(()) < 0.5 else inputs
         inputs, target = inputs.contiguous(memory_format=torch.channels_last), labels[chosen]
-        with torch.autocast(kind, torch.bfloat16):
+        with torch.autocast(kind, torch.bfloat16, enabled=setting.precision == "bfloat16"):
             with torch.no_grad():
                 taught = teacher(inputs) if teach else None
             logits = student(inputs)
@@ -272,8 +273,8 @@ def open_stage(setting: Setting, cache: bool, compiled: bool) -> Any:
     host = load_plugins()
     load = DataCache(host.catalog)
     settings = Settings(
-        store=setting.folder, device=setting.device, threads=setting.threads, precision="bfloat16", channels_last=True,
-        compile=compiled,
+        store=setting.folder, device=setting.device, threads=setting.threads, precision=setting.precision,
+        channels_last=True, compile=compiled,
     )  # fmt: skip
     recipe = {
         "data": {

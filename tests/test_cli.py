@@ -202,6 +202,7 @@ def test_doctor_names_versions_back_ends_and_broken_plugins(
     assert done.code == 0
     for text in ("kdcore", "torch", "CUDA devices", "reference", "vision", "acme (acme-dist 1.0)", "[/bold]"):
         assert text in done.out
+    assert re.search(r"convolutions +│ on the CPU bfloat16 takes \d+\.\d\d times the seconds of float32", done.out)
 
 
 # ---------------------------------------------------------------- a whole run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,9 +49,29 @@ def _torch_facts() -> Iterator[tuple[str, str]]:
 
     yield "CUDA devices", ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"
     yield "threads", str(torch.get_num_threads())
+    yield "convolutions", _convolutions()
     talk = [name for name in ("gloo", "nccl") if torch.distributed.is_backend_available(name)]
     own = ranks()
     yield "processes", f"{own.size}, this is rank {own.rank}; torchrun starts more, which talk by {' and '.join(talk)}"
+
+
+def _convolutions(tries: int = 5) -> str:
+    """Which precision is the faster on this CPU: its instructions for bfloat16 may be slower than those for float32."""
+    import torch
+
+    took: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    layer = torch.nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
+    images = torch.randn(16, 64, 32, 32).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for _ in range(tries):
+            for dtype, seconds in took.items():
+                one, x = layer.to(dtype), images.to(dtype)
+                start = time.perf_counter()
+                one(x)
+                seconds.append(time.perf_counter() - start)
+    ratio = min(took[torch.bfloat16]) / min(took[torch.float32])
+    better = "float32" if ratio > 1 else "bfloat16"
+    return f'on the CPU bfloat16 takes {ratio:.2f} times the seconds of float32: precision = "{better}" is the faster'
 
 
 def _back_ends() -> Iterator[tuple[str, str]]:
