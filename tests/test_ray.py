@@ -329,7 +329,8 @@ def test_a_stage_whose_workers_always_die_is_a_device_error_after_so_many_tries(
         tmp_path, host=host, sets=(*PAIR, *at(machines), "execute.tries=2", "strategy.seconds=0.02"), jobs=2
     )
     made.console = Always()
-    with pytest.raises(DeviceError, match=r"its worker died 2 times \(exit code -9\)"):
+    # Ray's own word where a busy machine made it lose the actor too
+    with pytest.raises(DeviceError, match=r"its worker died 2 times \((exit code -9|The actor died)"):
         made.execute()
     assert wait_for(lambda: not trainers(os.getpid()), 5)
 
