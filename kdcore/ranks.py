@@ -161,9 +161,8 @@ def leading(own: Ranks) -> Iterator[World | None]:
 def follow(host: PluginHost, own: Ranks, catch_signals: Callable[[], Callable[[], int]]) -> NoReturn:
     """Trains what rank 0 trains, until it ends the run; exits as that does."""
     team, code = join(own), 0
-    stopped = (
-        catch_signals()
-    )  # not before: rank 0 may refuse the recipe and never come, and torchrun ends those that wait
+    # not before: rank 0 may refuse the recipe and never come, and torchrun ends those that wait by a signal
+    stopped = catch_signals()
     try:
         with team.together(), host.blaming():
             _serve(team.world, Context(host.catalog, DataCache(host.catalog), stopped, team.world), own)
